@@ -1,0 +1,30 @@
+// What a binding calls: one launcher per op and device, nothing else.
+#pragma once
+#include "vqk/params.h"
+
+namespace vqk {
+
+// How CPU kernels use threads: the caller brings its own pool (torch's, or std::thread for the
+// NumPy module). `run` calls body(ctx, task) once for each task in [0, tasks), in any order and on
+// any thread, and returns when all are done. Results never depend on which thread ran what.
+struct Parallel {
+  void (*run)(int64_t tasks, void (*body)(void* ctx, int64_t task), void* ctx);
+  int threads;  // upper bound on concurrently running bodies; used only to size scratch
+};
+
+namespace cpu {
+void nearest_codeword(const NearestCodewordParams&, const Parallel&);
+void residual_quantize(const ResidualQuantizeParams&, const Parallel&);
+void residual_quantize_backward(const ResidualQuantizeBackwardParams&, const Parallel&);
+void rotation_trick_backward(const RotationTrickBackwardParams&, const Parallel&);
+void codebook_usage(const CodebookUsageParams&, const Parallel&);
+void codeword_sums(const CodewordSumsParams&, const Parallel&);
+}  // namespace cpu
+
+namespace cuda {
+// `stream` is a cudaStream_t. Each returns null, or a message that says what the CUDA runtime refused.
+const char* codebook_usage(const CodebookUsageParams&, void* stream);
+const char* rotation_trick_backward(const RotationTrickBackwardParams&, void* stream);
+}  // namespace cuda
+
+}  // namespace vqk

@@ -1,0 +1,50 @@
+"""The operator namespace and the compiled library: the only place that knows either.
+
+Schemas are defined by :mod:`vqkernels.registry`; the C++ library only registers implementations, so it is
+loaded after them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "vqkernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+ops = getattr(torch.ops, NAMESPACE)
+
+_PACKAGE = Path(__file__).parent
+
+
+def build_info() -> dict:
+    """What setup.py recorded about the build (compiler, CUDA architectures or why not); empty when never built."""
+    path = _PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def load() -> str | None:
+    """Loads the compiled kernels. Returns None, or the reason there are none."""
+    binaries = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
+    if not binaries:
+        return build_info().get("cpu_reason") or (
+            "the C++ kernels were not built; install a C++ compiler and run: pip install --no-build-isolation -e ."
+        )
+    try:
+        torch.ops.load_library(str(binaries[0]))
+    except OSError as error:
+        return f"{binaries[0].name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def triton_reason() -> str | None:
+    """None where the Triton kernels can run on this machine, else why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    import os
+
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"

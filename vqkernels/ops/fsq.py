@@ -1,0 +1,67 @@
+"""Finite scalar quantization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import pick
+from . import checks
+
+
+class FsqFn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, levels):
+        ctx.save_for_backward(z)
+        ctx.levels = levels
+        return pick("fsq", z.device)(z, levels)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (z,) = ctx.saved_tensors
+        return pick("fsq_backward", z.device)(z, grad, ctx.levels), None
+
+
+def _levels(op: str, z: Tensor, levels: Sequence[int]) -> list[int]:
+    checks.floating(op, "z" if op == "fsq" else "y", z)
+    levels = [int(v) for v in levels]
+    if not levels or min(levels) < 2:
+        raise ValueError(f"{op}: levels={levels}; a non-empty list of integers >= 2 is expected")
+    if math.prod(levels) >= 2**31:
+        raise ValueError(f"{op}: levels={levels} multiply to {math.prod(levels)} codes, more than an int32 index holds (2147483647)")
+    if z.dim() < 1 or z.shape[-1] != len(levels):
+        raise ValueError(f"{op}: the last dimension of {tuple(z.shape)} must be the number of levels, {len(levels)} ({levels})")
+    return levels
+
+
+def fsq(z: Tensor, levels: Sequence[int]) -> Tensor:
+    """Bounds each feature by tanh and rounds it to one of its levels; straight-through gradient of the rounding.
+
+    Args:
+        z: ``[..., d]``, d = len(levels).
+        levels: number of values per feature, each >= 2; their product is the codebook size, below 2^31.
+
+    Returns:
+        ``[..., d]`` in [-1, 1]: multiples of 1/(L//2); an even L has one value more on the negative side.
+
+    Raises:
+        ValueError: levels do not fit z or multiply beyond int32.
+
+    Source: Mentzer et al. 2023 (arXiv 2309.15505).
+    """
+    levels = _levels("fsq", z, levels)
+    return FsqFn.apply(z.reshape(-1, len(levels)), levels).reshape(z.shape)
+
+
+def fsq_indices(y: Tensor, levels: Sequence[int]) -> Tensor:
+    """The codebook index int64 ``[...]`` of quantized values ``y`` ``[..., d]`` as :func:`fsq` returns them (first feature fastest).
+    Rows with a non-finite value get -1."""
+    levels = _levels("fsq_indices", y, levels)
+    width = torch.tensor([v // 2 for v in levels], device=y.device)
+    basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))], device=y.device)
+    finite = y.isfinite().all(-1)
+    digit = (y.double().nan_to_num(0.0, 0.0, 0.0) * width).round().long() + width
+    return torch.where(finite, (digit * basis).sum(-1), -1)

@@ -195,6 +195,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_backward_edges,
             flops=lambda z, *_: 8 * z.numel(),
             bytes=lambda z, *_: 3 * _size(z),
+            tolerance=16.0,
         ),
         OpSpec(
             name="trie_topk",

@@ -26,7 +26,7 @@ def trie_topk(logits: Tensor, scores: Tensor, states: Tensor, trie, k: int) -> t
         the lowest (beam, token). Where fewer than k continuations are valid: score -inf and -1 elsewhere.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes that do not fit, k < 1, a token that the logits do not cover.
+        TypeError, ValueError: shapes or dtypes that do not fit, k < 1.
     """
     op = "trie_topk"
     checks.floating(op, "logits", logits)

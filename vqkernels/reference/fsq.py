@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,14 @@ from .nearest_codeword import accumulate_dtype
 EPS = 1e-3  # keeps the outermost levels reachable: tanh never attains +-1
 
 
-def _bound(z: Tensor, levels: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per feature: half range, offset (1/2 for an even number of levels), shift, half width; all [d]."""
-    count = torch.tensor(levels, dtype=z.dtype, device=z.device)
-    half = (count - 1) * (1 + EPS) / 2
-    offset = torch.where(count % 2 == 0, 0.5, 0.0).to(z.dtype)
-    return half, offset, (offset / half).atanh(), torch.div(count, 2, rounding_mode="floor")
+def _bound(z: Tensor, levels: list[int]) -> list[Tensor]:
+    """Per feature, all [d]: half range, offset (1/2 for an even number of levels), shift, half width. In Python floats first: atanh
+    near 1 loses most digits in float32."""
+    half = [(count - 1) * (1 + EPS) / 2 for count in levels]
+    offset = [0.0 if count % 2 else 0.5 for count in levels]
+    shift = [math.atanh(o / h) for o, h in zip(offset, half, strict=True)]
+    width = [count // 2 for count in levels]
+    return [torch.tensor(values, dtype=z.dtype, device=z.device) for values in (half, offset, shift, width)]
 
 
 def fsq(z: Tensor, levels: list[int]) -> Tensor:
@@ -26,7 +30,7 @@ def fsq(z: Tensor, levels: list[int]) -> Tensor:
 
 
 def fsq_backward(z: Tensor, grad: Tensor, levels: list[int]) -> Tensor:
-    """Straight through the rounding: grad * half (1 - tanh^2(z + shift)) / (L // 2)."""
+    """Straight through the rounding: grad * half / cosh^2(z + shift) / (L // 2); 1/cosh^2 keeps its digits where 1 - tanh^2 cancels."""
     x = z.to(accumulate_dtype(z))
     half, _, shift, width = _bound(x, levels)
-    return (grad.to(x.dtype) * half * (1 - (x + shift).tanh().square()) / width).to(z.dtype)
+    return (grad.to(x.dtype) * half / (x + shift).cosh().square() / width).to(z.dtype)

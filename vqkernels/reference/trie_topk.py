@@ -32,7 +32,7 @@ def trie_topk(
     total, position = total[:, :n], position[:, :n]
     dead = total == -torch.inf
     beam = position // max(width, 1)
-    pick = lambda values: torch.where(dead, -1, values.reshape(B, -1).gather(1, position))  # noqa: E731
+    pick = lambda values: torch.where(dead, -1, values.reshape(B, W * width).gather(1, position))  # noqa: E731
     out = [total, torch.where(dead, -1, beam), pick(token), pick(child)]
     fill = [-torch.inf, -1, -1, -1]
     return tuple(torch.cat([t, t.new_full((B, k - n), f)], 1) for t, f in zip(out, fill, strict=True))

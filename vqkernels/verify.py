@@ -49,15 +49,16 @@ def _first_difference(got: Tensor, want: Tensor) -> str | None:
     return f"{int((~same).sum())} of {same.numel()} differ, first at {where}: got {got[tuple(where)].item()}, want {want[tuple(where)].item()}"
 
 
-def _error(got: Tensor, want: Tensor, eps: float) -> float:
+def _error(got: Tensor, want: Tensor) -> float:
     """Largest |got - want| in units of eps times the row norm (scalars and vectors: times the value itself)."""
+    info = torch.finfo(got.dtype)
     got, want = got.double(), want.double()
     if not torch.equal(got.isfinite(), want.isfinite()):
         return float("inf")
     finite = want.isfinite()
     got, want = torch.where(finite, got, 0.0), torch.where(finite, want, 0.0)
     scale = want.norm(dim=-1, keepdim=True) if want.dim() > 1 else want.abs()
-    error = (got - want).abs() / (eps * scale + torch.finfo(torch.float32).tiny)
+    error = (got - want).abs() / (info.eps * (scale + info.tiny))
     return float(error.max()) if error.numel() else 0.0
 
 
@@ -76,7 +77,7 @@ def compare(spec: OpSpec, backend: str, args: tuple) -> tuple[str, float]:
             if (difference := _first_difference(g, w)) is not None:
                 return f"output {i}: {difference}", float("inf")
         else:
-            worst = max(worst, _error(g, w64, torch.finfo(g.dtype).eps))
+            worst = max(worst, _error(g, w64))
             if not worst <= spec.tolerance:
                 return f"output {i} is off by {worst:.3g} eps of its row norm; allowed {spec.tolerance:g}", worst
     return "", worst

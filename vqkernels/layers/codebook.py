@@ -1,0 +1,247 @@
+"""The codewords of a quantizer, and everything that changes them: k-means start, EMA, revival of dead codewords."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import codeword_sums, kmeans
+
+
+class Codebook(nn.Module):
+    """``embed`` ``[H, K, D]`` with its running statistics ``cluster_size`` ``[H, K]`` and ``embed_avg`` ``[H, K, D]``.
+
+    The state stays float32 (or float64) whatever the model is cast to: an exponential moving average in half precision
+    stops moving once a step is smaller than the spacing of the numbers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        num_codebooks: int = 1,
+        *,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        threshold_ema_dead_code: float = 0,
+        learnable_codebook: bool = False,
+        ema_update: bool = True,
+        manual_ema_update: bool = False,
+        use_cosine_sim: bool = False,
+        sync_codebook: bool | None = None,
+        sync_kmeans: bool = True,
+    ):
+        super().__init__()
+        self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
+        self.decay, self.eps, self.kmeans_iters = decay, eps, kmeans_iters
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.learnable_codebook = learnable_codebook
+        self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
+        self.use_cosine_sim = use_cosine_sim
+        self.sync_codebook, self.sync_kmeans = sync_codebook, sync_kmeans
+        self.expire_after_update = True  # a shared residual codebook expires once per forward, not once per level
+
+        embed = torch.zeros(num_codebooks, codebook_size, dim)
+        if not kmeans_init:
+            nn.init.kaiming_uniform_(embed)
+            if use_cosine_sim:
+                embed = normalize(embed)
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
+        self.register_buffer("embed_avg", embed.clone())
+        if learnable_codebook:
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+        # `initted` as Python sees it: reading the buffer would be a host sync and a graph break in every forward
+        self.needs_init = kmeans_init
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_codebooks}, codewords={self.codebook_size}, dim={self.dim}"
+
+    # state ------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrowed = out.is_floating_point() and torch.finfo(out.dtype).bits < 32 <= torch.finfo(t.dtype).bits
+            return t.to(out.device) if narrowed else out
+
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.needs_init = not bool(self.initted)
+
+    def codewords(self, dtype: torch.dtype, snapshot: bool) -> Tensor:
+        """``[H, K, D]`` in the precision of the computation. ``snapshot``: a copy, because the EMA step of this very forward
+        rewrites ``embed`` before backward reads it."""
+        embed = self.embed if self.learnable_codebook else self.embed.detach()
+        embed = embed.to(dtype)
+        return embed.clone() if snapshot else embed
+
+    # k-means start ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_(self, z: Tensor, mask: Tensor | None) -> None:
+        """Seeds the codewords from the first batch that has a usable row; z ``[H, N, D]``, mask ``[H, N]``."""
+        if not self.needs_init:
+            return
+        if bool(self.initted):
+            self.needs_init = False
+            return
+        usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
+        heads = [rows[ok] for rows, ok in zip(z.detach(), usable)]
+        if self._world() > 1 and self.sync_kmeans:
+            heads = [_gather_rows(rows) for rows in heads]
+        if any(len(rows) == 0 for rows in heads):
+            return
+        seeds, sizes = zip(*(self._seed(rows) for rows in heads))
+        embed, size = torch.stack(seeds), torch.stack(sizes)
+        if self.use_cosine_sim:
+            embed = normalize(embed)
+        if self._world() > 1 and self.sync_kmeans:
+            dist.broadcast(embed, 0)
+            dist.broadcast(size, 0)
+        self.embed.copy_(embed)
+        self.cluster_size.copy_(size)
+        self.embed_avg.copy_(embed * size.unsqueeze(-1))
+        self.initted.fill_(True)
+        self.needs_init = False
+
+    def _seed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """K codewords from rows [N, D], and how many rows each holds (at least 1, as in a fresh codebook)."""
+        K, N = self.codebook_size, len(rows)
+        if N >= K:
+            # the draw comes from torch's own generator, so torch.manual_seed decides it
+            found = kmeans(rows, K, iters=self.kmeans_iters, seed=int(torch.randint(2**31, ())))
+            counts = torch.bincount(found.indices, minlength=K)
+            return found.centroids, counts.clamp(min=1).to(rows.dtype)
+        # fewer rows than codewords: every row is a codeword, the rest start beside rows so that no two are the same
+        extra = rows[torch.randint(N, (K - N,)).to(rows.device)]
+        spread = 1e-2 * rows.square().mean().sqrt().clamp(min=1e-3)
+        return torch.cat([rows, extra + spread * torch.randn_like(extra)]), rows.new_ones(K)
+
+    # training by exponential moving average ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(
+        self,
+        z: Tensor,
+        indices: Tensor,
+        *,
+        weight: Tensor | Callable | None = None,
+        accumulate: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """One EMA step from z ``[H, N, D]`` and its indices ``[H, N]``; rows with index -1 (masked, non-finite) take no part, and
+        a batch without a usable row changes nothing. No host sync."""
+        ema_update = self.ema_update if ema_update is None else ema_update
+        if not ema_update and not self.threshold_ema_dead_code:
+            return
+        sums, counts = codeword_sums(z, indices, self.codebook_size)
+        sums, counts = sums.to(self.embed_avg.dtype), counts.to(self.cluster_size.dtype)
+        if self._world() > 1:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        if callable(weight):
+            weight = weight(sums, counts)
+        if self._pending is not None:
+            counts, sums = counts + self._pending[0], sums + self._pending[1]
+        self._pending = (counts, sums) if accumulate else None
+        if accumulate:
+            return
+        step = (1.0 - self.decay) * (counts.sum(-1, keepdim=True) > 0).to(counts.dtype)
+        if weight is not None:
+            step = step * self._row_weight(torch.as_tensor(weight, device=counts.device))
+        self.cluster_size.lerp_(counts, step)
+        self.embed_avg.lerp_(sums, step.unsqueeze(-1))
+        if ema_update and not self.manual_ema_update:
+            self.update_ema()
+        if self.expire_after_update:
+            self.expire_(z, indices)
+
+    def _row_weight(self, weight: Tensor) -> Tensor:
+        shapes = ((), (self.codebook_size,), (self.num_codebooks, self.codebook_size))
+        if weight.shape not in shapes:
+            raise ValueError(f"ema_update_weight is {tuple(weight.shape)}; allowed: {', '.join(map(str, shapes))}")
+        return weight
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Codeword = mean of its vectors, with Laplace-smoothed counts."""
+        total = self.cluster_size.sum(-1, keepdim=True)
+        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
+        embed = self.embed_avg / smoothed.unsqueeze(-1)
+        self.embed.copy_(normalize(embed) if self.use_cosine_sim else embed)
+
+    @torch.no_grad()
+    def expire_(self, z: Tensor, indices: Tensor) -> None:
+        """Moves codewords whose running count fell below the threshold onto distinct random rows of the batch.
+
+        Count, sum and codeword are reset together; were the sum left behind, the next EMA step would bring the dead
+        codeword back. More dead codewords than rows: a random part of them waits for a later batch. No host sync.
+        """
+        if not self.threshold_ema_dead_code or not self.training or z.shape[1] == 0:
+            return
+        H, N, K = *z.shape[:2], self.codebook_size
+        dead = self.cluster_size < self.threshold_ema_dead_code
+        # keys in [0, 1) for those who take part, 2 for the others: the smallest keys are a random draw of the former
+        code_key, code = torch.rand_like(self.cluster_size).masked_fill(~dead, 2.0).sort(-1)
+        key = torch.full((H, max(N, K)), 2.0, device=z.device)
+        key[:, :N] = torch.rand(H, N, device=z.device).masked_fill(indices < 0, 2.0)
+        row_key, row = key.topk(K, -1, largest=False, sorted=True)
+        fresh = z.gather(1, row.clamp(max=N - 1).unsqueeze(-1).expand(-1, -1, z.shape[-1])).to(self.embed.dtype)
+        fresh = normalize(fresh) if self.use_cosine_sim else fresh
+        found = row_key < 1.0
+        if self._world() > 1:
+            code_key, code, fresh, found = self._share(code_key, code, fresh, found)
+        replace = (code_key < 1.0) & found
+        reset = float(self.threshold_ema_dead_code)
+        slot = code.unsqueeze(-1).expand_as(fresh)
+        for buffer, value in ((self.embed, fresh), (self.embed_avg, fresh * reset)):
+            buffer.scatter_(1, slot, torch.where(replace.unsqueeze(-1), value, buffer.gather(1, slot)))
+        size = self.cluster_size
+        size.scatter_(1, code, torch.where(replace, reset, size.gather(1, code)))
+
+    # many processes ---------------------------------------------------------------------------------------------------
+
+    def _world(self) -> int:
+        """Processes that share this codebook, decided at run time: the process group may start after the layer is built."""
+        if self.sync_codebook is False or not dist.is_available() or not dist.is_initialized():
+            return 1
+        return dist.get_world_size()
+
+    def _share(self, code_key: Tensor, code: Tensor, fresh: Tensor, found: Tensor):
+        """The same revival on every process: order of process 0, replacement j from process j modulo the world size."""
+        dist.broadcast(code_key, 0)
+        dist.broadcast(code, 0)
+        mine = torch.arange(self.codebook_size, device=code.device) % dist.get_world_size() == dist.get_rank()
+        use = found & mine
+        fresh = torch.where(use.unsqueeze(-1), fresh, 0.0)
+        found = use.to(torch.int32)
+        dist.all_reduce(fresh)
+        dist.all_reduce(found)
+        return code_key, code, fresh, found > 0
+
+
+def normalize(t: Tensor) -> Tensor:
+    return F.normalize(t, dim=-1, eps=1e-6)
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """All processes' rows [N_i, D], concatenated in rank order."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(s) for s in sizes)
+    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes)])

@@ -1,0 +1,43 @@
+"""The two searches that need more than the nearest codeword: k nearest, and the similarities as logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # scores held at a time
+
+
+@torch.no_grad()
+def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> Tensor:
+    """The k nearest codewords of every vector, nearest first: z ``[N, D]``, codebook ``[K, D]`` -> int64 ``[N, k]``.
+
+    A coarse float32 pass keeps more than k candidates; these are ordered by their distance in float64, exact ties by
+    index. Masked and non-finite rows get -1.
+    """
+    K, D = codebook.shape
+    pool = min(K, 2 * k + 8)
+    rows = max(1, _CHUNK // max(K, 2 * pool * D))
+    found = []
+    with torch.autocast(z.device.type, enabled=False):
+        for part in z.split(rows):
+            score = part @ codebook.T
+            if metric == "l2":
+                score = 2.0 * score - codebook.square().sum(-1)
+            candidates = score.topk(pool, -1).indices.sort(-1).values
+            codes, vector = codebook[candidates].double(), part.unsqueeze(-2).double()
+            exact = (codes - vector).square().sum(-1) if metric == "l2" else -(codes * vector).sum(-1)
+            found.append(candidates.gather(-1, exact.sort(-1, stable=True).indices[:, :k]))
+    usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
+    index = torch.cat(found) if found else torch.empty(0, k, dtype=torch.int64, device=z.device)
+    return torch.where(usable.unsqueeze(-1), index, -1)
+
+
+def similarities(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """z ``[H, N, D]``, codebook ``[H, K, D]`` -> ``[H, N, K]``: the dot product, or minus the Euclidean distance. Differentiable."""
+    with torch.autocast(z.device.type, enabled=False):
+        dot = z @ codebook.mT
+        if metric == "dot":
+            return dot
+        square = z.square().sum(-1, keepdim=True) + codebook.square().sum(-1).unsqueeze(-2) - 2.0 * dot
+        return -square.clamp(min=1e-8).sqrt()

@@ -1,0 +1,70 @@
+"""What the quantizer layers share: input layouts, masks, and options that this version does not have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the feature dimension of an input lies. Tokens are ``[..., dim]`` whatever the layout.
+
+    ``spatial`` counts the dimensions after the channels: 1 sequence ``[B, dim, N]``, 2 image ``[B, dim, H, W]``,
+    3 volume ``[B, dim, D, H, W]``; None: channels last, any number of leading dimensions.
+    """
+
+    owner: str
+    dim: int
+    spatial: int | None
+
+    @staticmethod
+    def of(owner: str, dim: int, channel_last: bool, accept_image_fmap: bool, accept_3d_fmap: bool) -> Layout:
+        if accept_image_fmap and accept_3d_fmap:
+            raise ValueError(f"{owner}: accept_image_fmap and accept_3d_fmap are both True; choose one")
+        spatial = 2 if accept_image_fmap else 3 if accept_3d_fmap else None if channel_last else 1
+        return Layout(owner, dim, spatial)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Features last, checked. A single token per sample, ``[B, dim]``, is taken in every layout but the maps."""
+        one_token = x.dim() == 2 and self.spatial in (None, 1)
+        fits = x.dim() >= 2 if self.spatial is None else one_token or x.dim() == self.spatial + 2
+        channel = -1 if self.spatial is None or one_token else 1
+        if not fits or x.shape[channel] != self.dim:
+            expected = {None: "..., {d}", 1: "B, {d}, N", 2: "B, {d}, H, W", 3: "B, {d}, D, H, W"}[self.spatial]
+            raise ValueError(f"{self.owner}: x is {tuple(x.shape)}; expected [{expected.format(d=self.dim)}]")
+        return self.channels_last(x)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        return x if self.spatial is None else x.movedim(1, -1)
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens if self.spatial is None else tokens.movedim(-1, 1)
+
+    def mask(self, lead: torch.Size, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+        """The bool mask ``lead``, True where a token takes part, from either ``mask`` or ``lens`` (tokens per sample)."""
+        if mask is not None and lens is not None:
+            raise ValueError(f"{self.owner}: mask and lens were both given; give one of them")
+        if lens is not None:
+            if len(lead) != 2 or lens.shape != lead[:1]:
+                raise ValueError(f"{self.owner}: lens is {tuple(lens.shape)}; expected one length per sample of [batch, N] = {tuple(lead)}")
+            return torch.arange(lead[1], device=lens.device) < lens.unsqueeze(-1)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != lead):
+            raise ValueError(f"{self.owner}: mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(lead)}, True takes part")
+        return mask
+
+
+def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
+    """codebook ``[K, D]``, indices of any shape -> codewords ``[..., D]``; a negative index gives a zero vector."""
+    codes = torch.nn.functional.embedding(indices.clamp(min=0), codebook)
+    return codes.masked_fill((indices < 0).unsqueeze(-1), 0.0)
+
+
+def reject_unsupported(owner: str, given: dict, defaults: dict) -> None:
+    """An option that would change the result and is not implemented must not pass in silence."""
+    for name, default in defaults.items():
+        value = given.get(name, default)
+        if value is not default and value != default:
+            raise ValueError(f"{owner}: {name}={value!r} is not supported yet; leave it at {default!r}")

@@ -1,0 +1,37 @@
+#include "torch_util.h"
+
+namespace vqk::bind {
+
+static std::tuple<Tensor, Tensor> nearest_codeword_cpu(const Tensor& z, const Tensor& codebook,
+                                                       const std::optional<Tensor>& mask, int64_t metric_,
+                                                       bool certified) {
+  const char* op = "nearest_codeword";
+  check_dim(op, "z", z, 3, "[H, N, D]");
+  check_dim(op, "codebook", codebook, 3, "[H, K, D]");
+  int64_t H = z.size(0), N = z.size(1), D = z.size(2), K = codebook.size(1);
+  if (K == 0) fail(op, "codebook is empty: shape ", shape(codebook));
+  DType type = dtype(op, z);
+  Tensor zc = torch::stable::contiguous(z);
+  Tensor cc = input(op, "codebook", codebook, {H, K, D}, z.scalar_type(), z);
+  std::optional<Tensor> mc;
+  if (mask) mc = input(op, "mask", *mask, {H, N}, ScalarType::Bool, z);
+  Tensor indices = empty(z, {H, N}, ScalarType::Long);
+  Tensor distances = empty(z, {H, N}, accumulate_dtype(z));
+  cpu::nearest_codeword({.z = zc.const_data_ptr(),
+                         .codebook = cc.const_data_ptr(),
+                         .mask = mc ? static_cast<const bool*>(mc->const_data_ptr()) : nullptr,
+                         .indices = static_cast<int64_t*>(indices.mutable_data_ptr()),
+                         .distances = distances.mutable_data_ptr(),
+                         .H = H, .N = N, .K = K, .D = D,
+                         .dtype = type,
+                         .metric = metric(op, metric_),
+                         .certified = certified},
+                        torch_threads(op));
+  return {indices, distances};
+}
+
+}  // namespace vqk::bind
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
+  m.impl("nearest_codeword", TORCH_BOX(&vqk::bind::nearest_codeword_cpu));
+}

@@ -1,0 +1,141 @@
+// codeword_sums: sums[h,k] = sum of z[h,n] over indices[h,n] == k, and the counts.
+//
+//   in   z [H,N,D] float, double, bf16, f16; indices int64 [H,N], negative ones are skipped
+//   out  sums [H,K,D] float (double for double), counts int64 [H,K]; bad: the first index >= K, or -1
+//
+//   1. count per chunk of rows   2. prefix sums   3. stable scatter of row numbers   4. add
+//      indices --> bins[chunk,k] --> offsets     --> rows of codeword 0 | 1 | 2 ...  --> sums
+//
+//   4 is split into tasks of about equal numbers of rows; a codeword with more rows than a task
+//   should have is split by columns.
+//
+// Work and bytes: z read once, N D element sizes; the row numbers cost 16 to 24 bytes a row.
+// Numerics: each codeword's rows are added in row order in double and rounded once.
+// Determinism: an element of a sum is added by one task in row order, so threads, chunks and SIMD
+// level change nothing.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "half.h"
+#include "vqk/launch.h"
+
+namespace vqk::cpu {
+namespace {
+
+constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache lines, accumulators stay in L1
+
+struct Piece {                    // rows of codewords [first, last), columns [begin, end)
+  int64_t first, last, begin, end;
+};
+
+struct Job {
+  const CodewordSumsParams& p;
+  int64_t h, chunks, chunk;
+  std::vector<int64_t> bins;      // [chunks,K]: counts, then where the chunk's rows of k go
+  std::vector<int64_t> offsets;   // [K+1]: rows of codeword k are rows[offsets[k]:offsets[k+1]]
+  std::vector<int64_t> rows;      // row numbers by codeword, in row order
+  std::vector<int64_t> bad;       // [chunks]
+  std::vector<Piece> pieces;
+};
+
+void count(void* ctx, int64_t c) {
+  Job& job = *static_cast<Job*>(ctx);
+  const int64_t *index = job.p.indices + job.h * job.p.N, K = job.p.K;
+  int64_t* bins = job.bins.data() + c * K;
+  const int64_t end = std::min(job.p.N, (c + 1) * job.chunk);
+  for (int64_t n = c * job.chunk; n < end; ++n) {
+    if (static_cast<uint64_t>(index[n]) < static_cast<uint64_t>(K)) ++bins[index[n]];
+    else if (index[n] >= 0 && job.bad[c] < 0) job.bad[c] = index[n];
+  }
+}
+
+void scatter(void* ctx, int64_t c) {
+  Job& job = *static_cast<Job*>(ctx);
+  const int64_t *index = job.p.indices + job.h * job.p.N, K = job.p.K;
+  int64_t* next = job.bins.data() + c * K;
+  const int64_t end = std::min(job.p.N, (c + 1) * job.chunk);
+  for (int64_t n = c * job.chunk; n < end; ++n)
+    if (static_cast<uint64_t>(index[n]) < static_cast<uint64_t>(K)) job.rows[next[index[n]]++] = n;
+}
+
+template <class T, class Out>
+void add(void* ctx, int64_t task) {
+  Job& job = *static_cast<Job*>(ctx);
+  const CodewordSumsParams& p = job.p;
+  const Piece piece = job.pieces[task];
+  const int64_t width = piece.end - piece.begin;
+  const T* z = static_cast<const T*>(p.z) + job.h * p.N * p.D + piece.begin;
+  std::vector<double> sum(width);
+  double* s = sum.data();
+  for (int64_t k = piece.first; k < piece.last; ++k) {
+    std::fill(s, s + width, 0.0);
+    for (int64_t i = job.offsets[k]; i < job.offsets[k + 1]; ++i) {
+      const T* row = z + job.rows[i] * p.D;
+      if (i + 4 < job.offsets[piece.last]) {
+        const char* ahead = reinterpret_cast<const char*>(z + job.rows[i + 4] * p.D);
+        for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b);
+      }
+      for (int64_t d = 0; d < width; ++d) s[d] += static_cast<double>(to_float(row[d]));
+    }
+    Out* out = static_cast<Out*>(p.sums) + (job.h * p.K + k) * p.D + piece.begin;
+    for (int64_t d = 0; d < width; ++d) round_to(s[d], out + d);
+  }
+}
+
+// Groups of neighbouring codewords with about `share` rows; the K codewords alone count as a row each.
+void make_pieces(Job& job, int64_t share) {
+  const int64_t D = job.p.D, K = job.p.K;
+  job.pieces.clear();
+  for (int64_t k = 0; k < K;) {
+    int64_t last = k, load = 0;
+    while (last < K && (last == k || load < share)) load += job.offsets[last + 1] - job.offsets[last] + 1, ++last;
+    const int64_t step = load > 2 * share && last == k + 1 ? kColumns : D;
+    for (int64_t begin = 0; begin < D; begin += step) job.pieces.push_back({k, last, begin, std::min(D, begin + step)});
+    k = last;
+  }
+}
+
+using Body = void (*)(void*, int64_t);
+
+Body adder(DType type) {
+  switch (type) {
+    case DType::f64: return add<double, double>;
+    case DType::bf16: return add<bf16, float>;
+    case DType::f16: return add<f16, float>;
+    default: return add<float, float>;
+  }
+}
+
+}  // namespace
+
+void codeword_sums(const CodewordSumsParams& p, const Parallel& parallel) {
+  *p.bad = -1;
+  const int64_t N = p.N, K = p.K;
+  const int64_t chunks = std::clamp<int64_t>(N / std::max<int64_t>(4096, K), 1, parallel.threads);
+  Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}};
+  for (job.h = 0; job.h < p.H; ++job.h) {
+    job.bins.assign(chunks * K, 0);
+    job.bad.assign(chunks, -1);
+    job.offsets.assign(K + 1, 0);
+    parallel.run(chunks, count, &job);
+    for (int64_t bad : job.bad)
+      if (bad >= 0 && *p.bad < 0) *p.bad = bad;
+    int64_t at = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t rows = job.bins[c * K + k];
+        job.bins[c * K + k] = at;
+        at += rows;
+      }
+      job.offsets[k + 1] = at;
+      p.counts[job.h * K + k] = at - job.offsets[k];
+    }
+    job.rows.resize(at);
+    parallel.run(chunks, scatter, &job);
+    make_pieces(job, std::max<int64_t>(256, (at + K) / (8 * parallel.threads)));
+    parallel.run(static_cast<int64_t>(job.pieces.size()), adder(p.dtype), &job);
+  }
+}
+
+}  // namespace vqk::cpu

@@ -1,0 +1,20 @@
+// residual_quantize_backward.inc for AVX2.
+#if defined(__x86_64__)
+#include <cstdint>
+
+#include "residual_quantize_backward.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#include "half.h"
+
+namespace vqk::cpu {
+namespace {
+#include "residual_quantize_backward.inc"
+}  // namespace
+
+void backward_rows_avx2(const ResidualQuantizeBackwardParams& p, void* scratch, int64_t begin, int64_t end) {
+  backward_rows_here(p, scratch, begin, end);
+}
+
+}  // namespace vqk::cpu
+#endif

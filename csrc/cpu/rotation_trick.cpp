@@ -1,0 +1,70 @@
+// rotation_trick_backward: dz from z, q, grad; the formulas are in estimator.inc.
+//
+//   in   z, q, grad [N,D]; out dz [N,D]; float, double, bf16 or f16
+//
+//   task = 16 to 4096 rows;  a row:  z, q, g --five dots--> a, b, c --> dz = a g + b z + c q
+//                                    from memory                        z, q, g again, from L1
+//
+// Work and bytes: 16 flops an element against 4 element sizes of traffic: memory bound. Results larger
+// than the caches are stored past them, which saves reading the lines that are overwritten.
+// Determinism: rows are independent; bits do not depend on threads or SIMD level.
+// AVX-512 hosts run the AVX2 code: it already waits for memory.
+#include <algorithm>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "half.h"
+#include "rotation_trick.h"
+#include "vqk/launch.h"
+#include "vqk/simd.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than this level's registers stay inside this file
+
+namespace vqk::cpu {
+namespace {
+#if defined(__SSE2__)
+#define STREAM4(p, v) _mm_stream_ps(p, v)
+#define STREAM_DONE() _mm_sfence()
+#else
+#define STREAM4(p, v) *reinterpret_cast<v4f*>(p) = v
+#define STREAM_DONE() (void)0
+#endif
+#include "rotation_trick.inc"
+}  // namespace
+
+void rotation_rows_portable(const RotationTrickBackwardParams& p, bool stream, int64_t begin, int64_t end) {
+  rotation_rows_here(p, stream, begin, end);
+}
+
+namespace {
+
+constexpr int64_t kTaskBytes = 1 << 18;    // of each array
+constexpr int64_t kCacheBytes = 32 << 20;  // larger results do not stay in a cache anyway
+
+struct Job {
+  const RotationTrickBackwardParams& p;
+  int64_t rows;
+  bool stream, avx2;
+};
+
+void task(void* ctx, int64_t i) {
+  const Job& job = *static_cast<Job*>(ctx);
+  const int64_t begin = i * job.rows, end = std::min(job.p.N, begin + job.rows);
+#if defined(__x86_64__)
+  if (job.avx2) return rotation_rows_avx2(job.p, job.stream, begin, end);
+#endif
+  rotation_rows_portable(job.p, job.stream, begin, end);
+}
+
+}  // namespace
+
+void rotation_trick_backward(const RotationTrickBackwardParams& p, const Parallel& parallel) {
+  if (p.N == 0 || p.D == 0) return;
+  const bool stream = p.dtype == DType::f32 && p.N * p.D * 4 > kCacheBytes && p.D % 4 == 0 &&
+                      reinterpret_cast<uintptr_t>(p.dz) % 16 == 0;
+  Job job{p, std::clamp<int64_t>(kTaskBytes / (p.D * 4), 16, 4096), stream, simd_level() >= Simd::avx2};
+  parallel.run((p.N + job.rows - 1) / job.rows, task, &job);
+}
+
+}  // namespace vqk::cpu

@@ -1,0 +1,233 @@
+"""What only nearest_codeword owes: the same answer however it is asked for, and plain errors."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vqkernels as vq
+from vqkernels.reference.nearest_codeword import nearest_codeword as reference
+from vqkernels.registry import AVAILABLE
+
+KERNEL = AVAILABLE["nearest_codeword"]["cpu"] is True
+needs_kernel = pytest.mark.skipif(not KERNEL, reason="the C++ kernels are not built")
+
+
+def draw(kind: str, *shape: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g, dtype=torch.float64)
+    if kind == "clustered":
+        x = x * 1e-3 + torch.randint(-5, 6, shape, generator=g)
+    elif kind == "lognormal":
+        x = (3 * x).exp()
+    elif kind == "cauchy":
+        x = x / torch.randn(*shape, generator=g, dtype=torch.float64)
+    elif kind == "ties":
+        x = torch.randint(-2, 3, shape, generator=g).double()
+    elif kind == "far":
+        x = x + 4096
+    return x.float()
+
+
+KINDS = ("gaussian", "clustered", "lognormal", "cauchy", "ties", "far")
+
+
+def test_against_exact_rational_arithmetic():
+    """Independent of every implementation of ours: Fractions have no rounding at all."""
+    z, c = draw("gaussian", 12, 5), draw("gaussian", 9, 5, seed=1)
+    c[7] = c[2]
+    exact = [
+        min(range(9), key=lambda k: (sum((Fraction(float(a)) - Fraction(float(b))) ** 2 for a, b in zip(row, c[k])), k)) for row in z
+    ]
+    indices, distances = vq.nearest_codeword(z, c)
+    assert indices.tolist() == exact
+    assert torch.allclose(distances, (z - c[indices]).square().sum(-1))
+
+
+def test_ties_go_to_the_lowest_index_across_tiles():
+    c = torch.zeros(1000, 8)
+    assert vq.nearest_codeword(torch.zeros(70, 8), c)[0].unique().tolist() == [0]
+    c[:640] = 1.0
+    assert vq.nearest_codeword(torch.zeros(70, 8), c)[0].unique().tolist() == [640]
+    c[:] = draw("gaussian", 1, 8)
+    c[-1] = 0
+    assert vq.nearest_codeword(torch.zeros(70, 8), c)[0].unique().tolist() == [999]
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", [0, 1, 2])
+def test_distributions_against_reference(kind, metric):
+    z, c = draw(kind, 1, 1500, 20), draw(kind, 1, 700, 20, seed=1)
+    c[0, 300:350] = c[0, 100:150]
+    got = torch.ops.vqkernels.nearest_codeword(z, c, None, metric, True)
+    want = reference(z, c, None, metric, True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.integers(0, 70), K=st.integers(1, 300), D=st.integers(1, 70), kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1.0, 1e-30, 1e30, 1e-42]),
+)  # fmt: skip
+def test_any_shape(N, K, D, kind, seed, scale):
+    z, c = draw(kind, 1, N, D, seed=seed) * scale, draw(kind, 1, K, D, seed=seed + 1) * scale
+    got, want = torch.ops.vqkernels.nearest_codeword(z, c, None, 0, True), reference(z, c, None, 0, True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1].nan_to_num(nan=-1), want[1].nan_to_num(nan=-1))
+
+
+class TestReproducible:
+    """One million rows with ties and duplicated codewords: bit equal however they are computed."""
+
+    N, K, D = 1_000_000, 96, 8
+
+    @pytest.fixture(scope="class")
+    def data(self):
+        z = draw("gaussian", self.N, self.D)
+        z[::3] = draw("ties", (self.N + 2) // 3, self.D)
+        c = torch.cat([draw("ties", 48, self.D, seed=2), draw("gaussian", 24, self.D, seed=3)])
+        c = torch.cat([c, c[20:44]])
+        torch.set_num_threads(2)
+        return z, c, vq.nearest_codeword(z, c)
+
+    @staticmethod
+    def assert_same(got, want):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1].view(torch.int32), want[1].view(torch.int32))
+
+    def test_reference_on_a_sample(self, data):
+        z, c, (indices, distances) = data
+        rows = torch.arange(0, self.N, 97)
+        want = reference(z[rows][None], c[None], None, 0, True)
+        self.assert_same((indices[rows][None], distances[rows][None]), want)
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    def test_threads(self, data, threads):
+        z, c, want = data
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            self.assert_same(vq.nearest_codeword(z, c), want)
+        finally:
+            torch.set_num_threads(before)
+
+    @needs_kernel
+    @pytest.mark.parametrize("level", range(3), ids=["portable", "avx2", "avx512"])
+    def test_simd_levels(self, data, level):
+        z, c, want = data
+        before = torch.ops.vqkernels.simd_level(-1)
+        try:
+            try:
+                torch.ops.vqkernels.simd_level(level)
+            except RuntimeError as error:
+                pytest.skip(f"this processor lacks the level: {error}")
+            self.assert_same(vq.nearest_codeword(z, c), want)
+        finally:
+            torch.ops.vqkernels.simd_level(before)
+
+    def test_ragged_batches(self, data):
+        z, c, want = data
+        sizes = [1, 2, 3, 5, 7, 64, 95, 97, 1023, 4099]
+        pieces, start, i = [], 0, 0
+        while start < self.N:
+            stop = min(self.N, start + sizes[i % len(sizes)] * (1 + 40 * (i % 7 == 6)))
+            pieces.append(vq.nearest_codeword(z[start:stop], c))
+            start, i = stop, i + 1
+        self.assert_same((torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])), want)
+
+    @needs_kernel
+    def test_row_by_row(self, data):
+        z, c, want = data
+        op, codebook = torch.ops.vqkernels.nearest_codeword.default, c[None]
+        rows = z.unsqueeze(1).unsqueeze(1).unbind(0)
+        pieces = [op(row, codebook, None, 0, True) for row in rows]
+        self.assert_same((torch.cat([p[0] for p in pieces]).squeeze(1), torch.cat([p[1] for p in pieces]).squeeze(1)), want)
+
+    def test_codebook_shards(self, data):
+        """A codebook split over shards: the best of the shards' distances is the whole codebook's answer."""
+        z, c, (indices, distances) = data
+        z, indices = z[:20000].double(), indices[:20000]
+        parts = [vq.nearest_codeword(z, c[s : s + 32].double()) for s in (0, 32, 64)]
+        d = torch.stack([p[1] for p in parts])
+        first = (d == d.amin(0)).int().argmax(0)
+        best = torch.stack([p[0] + s for p, s in zip(parts, (0, 32, 64))])
+        assert torch.equal(best.gather(0, first[None])[0], indices)
+
+
+def test_fast_precision_keeps_its_bound():
+    z, c = draw("gaussian", 4000, 32), draw("gaussian", 500, 32, seed=1)
+    fast, exact = vq.nearest_codeword(z, c, precision="fast"), vq.nearest_codeword(z, c)
+    regret = (z.double() - c[fast[0]].double()).square().sum(-1) - (z.double() - c[exact[0]].double()).square().sum(-1)
+    bound = 4 * 40 * 2.0**-24 * (z.norm(dim=-1) + c.norm(dim=-1).max()).square()
+    assert (regret >= -1e-12).all() and (regret <= bound).all()
+
+
+def test_leading_shapes_heads_and_mask():
+    z, c = draw("gaussian", 2, 3, 5, 8), draw("gaussian", 4, 8, seed=1)
+    indices, distances = vq.nearest_codeword(z, c)
+    assert indices.shape == distances.shape == (2, 3, 5)
+    assert torch.equal(indices.flatten(), vq.nearest_codeword(z.reshape(-1, 8), c)[0])
+    heads = draw("gaussian", 2, 4, 8, seed=2)
+    per_head = vq.nearest_codeword(z, heads)[0]
+    assert torch.equal(per_head[1], vq.nearest_codeword(z[1], heads[1])[0])
+    mask = torch.rand(2, 3, 5) < 0.5
+    masked = vq.nearest_codeword(z, c, mask=mask)
+    assert torch.equal(masked[0], torch.where(mask, indices, -1))
+    assert torch.equal(masked[1], torch.where(mask, distances, 0.0))
+    assert vq.nearest_codeword(z[0, 0, 0], c)[0].shape == ()
+    assert vq.nearest_codeword(z[:, :0], c)[0].shape == (2, 0, 5)
+
+
+def test_non_finite_rows_and_codewords():
+    z, c = draw("gaussian", 6, 8), draw("gaussian", 5, 8, seed=1)
+    z[1, 3], z[4, 0] = float("nan"), float("inf")
+    c[vq.nearest_codeword(z[0], c)[0]] = float("nan")
+    indices, distances = vq.nearest_codeword(z, c)
+    assert indices[[1, 4]].tolist() == [-1, -1] and distances[[1, 4]].isnan().all()
+    assert distances[[0, 2, 3, 5]].isfinite().all()
+    assert not c[indices[[0, 2, 3, 5]]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda: vq.nearest_codeword(torch.zeros(8, 64), torch.zeros(512, 63)), ValueError, "last dimensions .* differ, 64 against 63"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(0, 4)), ValueError, "at least one codeword"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 0), torch.zeros(3, 0)), ValueError, "at least one codeword and one feature"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(4)), ValueError, r"expected z \[..., D\]"),
+        (lambda: vq.nearest_codeword(torch.zeros(3, 8, 4), torch.zeros(2, 5, 4)), ValueError, "holds 2 heads"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4, dtype=torch.int32), torch.zeros(3, 4)), TypeError, "int32; allowed: float32"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(3, 4).double()), TypeError, "convert one with"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(3, 4, device="meta")), ValueError, "move one with"),
+        (lambda: vq.nearest_codeword([[1.0]], torch.zeros(3, 1)), TypeError, "must be a torch.Tensor, got list"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(3, 4), metric="l1"), ValueError, "metric='l1' is unknown; allowed: 'l2', 'cosine'"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(3, 4), precision="max"), ValueError, "allowed: 'exact', 'fast'"),
+        (lambda: vq.nearest_codeword(torch.zeros(8, 4), torch.zeros(3, 4), mask=torch.ones(8)), ValueError, "expected torch.bool"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@needs_kernel
+def test_memory_is_linear_in_n():
+    """Peak memory of a call, measured in a process of its own: nothing of the size N x K (here 2 GB) appears."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, resource, vqkernels as vq\n"
+        "z, c = torch.randn(65536, 32), torch.randn(8192, 32)\n"
+        "vq.nearest_codeword(z[:64], c[:64])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "vq.nearest_codeword(z, c)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    kib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert kib < 16 * 1024  # outputs take 0.75 MB, the packed codebook 1 MB

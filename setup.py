@@ -35,7 +35,7 @@ DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, Python 3.10
 NVCC_FLAGS = [
-    *"-O3 -std=c++17 -lineinfo --expt-relaxed-constexpr".split(),
+    *"-O3 -std=c++17 --expt-relaxed-constexpr".split(),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
 ]
@@ -157,7 +157,7 @@ def ninja_file(tools, outputs):
     torch_flags = [*STABLE_ABI, "-isystem", str(torch / "include"), *["-DVQK_WITH_CUDA"] * cuda]
     native_flags = ["-isystem", str(pybind), "-isystem", sysconfig.get_paths()["include"]]
     # no rpath: the library is loaded after torch, whose libtorch_cpu is then already there
-    torch_link = ["-L" + str(torch / "lib"), "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
+    torch_link = ["-L" + str(torch / "lib"), "-Wl,-z,defs", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
 
     def quote(words):
         return shlex.join(words).replace("$", "$$")
@@ -180,7 +180,7 @@ def ninja_file(tools, outputs):
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
             f"rule link_cuda\n  command = {link_cuda} $in -o $out $flags\n  description = link $out",
         ]
-        torch_link = ["-L" + str(torch / "lib"), "-Xlinker=--no-as-needed", "-ltorch_cpu", "-Xlinker=--as-needed"]
+        torch_link = [flag.replace("-Wl,", "-Xlinker=") for flag in torch_link]
 
     def objects(pattern, rule="cxx", flags=(), skip=()):
         result = []
@@ -192,8 +192,7 @@ def ninja_file(tools, outputs):
         return result
 
     kernels = objects("csrc/cpu/*.cpp")
-    missing = {"nearest_codeword.cpp", "residual_quantize.cpp"} - {p.name for p in ROOT.glob("csrc/cpu/*.cpp")}  # INTERIM
-    ops = objects("csrc/bindings/*.cpp", flags=torch_flags, skip={"native.cpp"} | missing)
+    ops = objects("csrc/bindings/*.cpp", flags=torch_flags, skip={"native.cpp"})
     native = objects("csrc/bindings/native.cpp", flags=native_flags)
     if cuda:
         ops += objects("csrc/cuda/*.cu", rule="nvcc")

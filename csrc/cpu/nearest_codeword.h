@@ -1,0 +1,162 @@
+// What nearest_codeword and residual_quantize share: a codebook made ready for searching, and the
+// search of a block of rows in it. Internal to csrc/cpu.
+#pragma once
+#include <cmath>
+#include <limits>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "vqk/launch.h"
+#include "vqk/simd.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace vqk::cpu {
+
+// One codebook as the kernels see it. "Value" is the type that decides: double for f64, else float.
+struct Codebook {
+  const void* codewords;    // [K,D] values as given (bf16 and f16 converted)
+  const void* rows;         // [K,D] values that are compared: codewords, l2-normalised for cosine
+  const float* panels;      // [panels][D][width]: -scale * rows, a panel holding `width` codewords side by side
+  const float* half_norms;  // [panels][width]: |scale * row|^2 / 2 (l2) or 0; +inf keeps a codeword out
+  int64_t K, D, panels_count;
+  int64_t finite;           // codewords that can win
+  double scale, norm;       // a power of two; the largest |scale * row|
+  int group;                // vectors of scores folded into one before they are looked at
+  bool is_double, l2, certified;
+};
+
+// One SIMD level's functions; see nearest_codeword_kernel.h.
+struct SearchKernel {
+  int lanes, tile_rows;  // floats in a vector; rows of z in a register tile
+  // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
+  void (*convert)(const void* from, DType dtype, int64_t count, void* to);
+  void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);
+  // Panels [first, last) of cb into panels and half_norms; returns the largest squared norm.
+  double (*pack)(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms);
+  // For rows[0..n): index[i] = the nearest codeword, or -1 where the row is not finite or skip[i]
+  // (skip may be null); value[i] = its canonical cost: the squared distance, or minus the dot product.
+  void (*search)(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
+                 double* value);
+  // The same by comparing codewords [first, last) of `rows_c` canonically, one by one: no packing.
+  void (*scan)(const void* rows, int n, const void* rows_c, int64_t first, int64_t last, int64_t D, bool is_double,
+               bool l2, int64_t* index, double* value);
+  size_t (*scratch_bytes)(int n, int64_t D);
+};
+
+extern const SearchKernel portable_kernel;
+#if defined(__x86_64__)
+extern const SearchKernel avx2_kernel, avx512_kernel;
+#endif
+const SearchKernel& search_kernel();  // of simd_level()
+
+constexpr int kMaxRows = 192;  // rows of one task, at most: a multiple of every tile_rows
+
+// Rows per task: enough tasks for many cores, enough rows to pay for streaming the codebook. A
+// function of the sizes alone, so that sums over blocks do not depend on the number of threads.
+inline int64_t rows_per_task(int64_t rows) {
+  const int64_t even = (rows + 127) / 128;
+  return even >= kMaxRows ? kMaxRows : even <= 48 ? 48 : (even + 11) / 12 * 12;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline size_t value_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+inline size_t dtype_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+class Memory {  // 64-byte aligned
+ public:
+  explicit Memory(size_t bytes = 0)
+      : data_(bytes ? static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) : nullptr) {
+    if (bytes && !data_) throw std::bad_alloc();
+  }
+  char* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+};
+
+// Scratch blocks handed to tasks: as many as ever run at once, made when first needed.
+class ScratchPool {
+ public:
+  explicit ScratchPool(size_t bytes) : bytes_(bytes) {}
+  class Lease {
+   public:
+    explicit Lease(ScratchPool& pool) : pool_(pool), memory_(pool.take()) {}
+    ~Lease() { pool_.give(std::move(memory_)); }
+    Lease(const Lease&) = delete;
+    char* get() const { return memory_.get(); }
+
+   private:
+    ScratchPool& pool_;
+    Memory memory_;
+  };
+
+ private:
+  Memory take() {
+    std::lock_guard lock(mutex_);
+    if (free_.empty()) return Memory(bytes_);
+    Memory memory = std::move(free_.back());
+    free_.pop_back();
+    return memory;
+  }
+  void give(Memory memory) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(memory));
+  }
+  size_t bytes_;
+  std::mutex mutex_;
+  std::vector<Memory> free_;
+};
+
+// Rounding to nearest and no flushing of subnormals while a task runs, whatever the caller has set
+// (torch.set_flush_denormal): part of "the same result everywhere".
+class StandardArithmetic {
+#if defined(__SSE2__)
+ public:
+  StandardArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~StandardArithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+template <class Body>
+void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (tasks <= 0) return;
+  parallel.run(
+      tasks,
+      [](void* context, int64_t task) {
+        StandardArithmetic arithmetic;
+        (*static_cast<const Body*>(context))(task);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Codebooks made ready, with the memory they stand on: about K * D floats each (twice that for cosine,
+// bf16 and f16).
+class PackedCodebooks {
+ public:
+  struct Source {
+    const void* data;  // [K,D] dtype
+    int64_t K;
+  };
+  PackedCodebooks(const SearchKernel&, const std::vector<Source>&, int64_t D, DType, Metric, bool certified,
+                  const Parallel&);
+  const Codebook& operator[](size_t i) const { return codebooks_[i]; }
+
+ private:
+  std::vector<Codebook> codebooks_;
+  std::vector<Memory> memory_;
+};
+
+}  // namespace vqk::cpu

@@ -1,0 +1,33 @@
+// The search kernel for AVX2 and FMA (Intel Haswell, AMD Zen and later). Register tile: 6 rows x 16
+// codewords = 12 accumulators, 2 codeword vectors and 1 broadcast of the 16 registers.
+//
+//   per d and tile   12 vfmadd231ps     2 per cycle (Zen 3: ports FP0, FP1; Intel: p0, p1)      6 cycles
+//                     2 + 6 loads       2 per cycle                                             4 cycles
+//
+// so the multiply-adds are the limit: 32 flop per cycle and core.
+#include "nearest_codeword.h"
+#include "vqk/error_bound.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+#define VQK_LANES 8
+#define VQK_ROWS 6
+#define VQK_SPLAT(x) _mm256_set1_ps(x)
+#define VQK_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define VQK_MIN(a, b) _mm256_min_ps(a, b)
+#define VQK_LE_MASK(a, b) static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)))
+
+namespace vqk::cpu {
+namespace {
+#include "nearest_codeword_kernel.h"
+}  // namespace
+
+extern const SearchKernel avx2_kernel = {kLanes, kTileRows, convert, normalize, pack, search, scan, scratch_bytes};
+}  // namespace vqk::cpu
+
+#pragma GCC pop_options
+#endif

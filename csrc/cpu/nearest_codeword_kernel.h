@@ -1,0 +1,479 @@
+// The search kernel, written once and compiled once per SIMD level: the including file defines
+//   VQK_LANES        floats in a vector                     VQK_SPLAT(x)       vector of x
+//   VQK_ROWS         rows of z in a register tile           VQK_FMA(a, b, c)   a * b + c, fused where there is FMA
+//   VQK_LE_MASK(a,b) bit i = lane i of a <= b               VQK_MIN(a, b)      lane-wise minimum
+// and includes this inside its own anonymous namespace: nothing here may be shared between levels.
+//
+// Two stages (docs/numerics.md proves that the result is the canonical nearest codeword).
+//
+// 1. Coarse scores |c|^2/2 - z.c in fp32, one register tile at a time. Accumulators start at |c|^2/2
+//    and take D fused multiply-adds with the negated codebook:
+//
+//                    panel of codewords [D][2 * VQK_LANES], in L2, streamed
+//                      | c0 c0 .. c0 | c1 c1 .. c1 |
+//        row 0  z[d] x |  lo[0]      |  hi[0]      |     VQK_ROWS x 2 accumulators in registers
+//        ...           |             |             |
+//        row R-1       |  lo[R-1]    |  hi[R-1]    |
+//
+//    No index is tracked. `group` score vectors are folded into one by lane-wise minima, kept in L1 for
+//    a block of the codebook (256 KiB: stays in L2 while all rows of the task pass), then filtered: a
+//    lane whose minimum is within 2 eps of the row's best so far becomes a candidate.
+// 2. The codewords behind the candidates that are still within 2 eps of the final best are compared by
+//    the canonical distance, eight (row, codeword) pairs at a time, each lane one sequential fp64 sum.
+//    Rows with more candidates than fit, or without a finite bound, are compared with every codeword.
+
+constexpr int kLanes = VQK_LANES, kTileRows = VQK_ROWS, kWidth = 2 * kLanes;
+constexpr int kCandidates = 14;               // per row; more than that: compare with every codeword
+constexpr int64_t kBlockBytes = 256 << 10;    // of panels: half of the smallest common L2
+constexpr int64_t kBlockVectors = 64;         // of folded minima per row: 12 KiB of L1 for 6 rows of 8 lanes
+
+typedef float Vec __attribute__((vector_size(4 * VQK_LANES)));
+typedef float VecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * VQK_LANES)));
+// fp64 lanes of the canonical sums
+constexpr int kDoubles = kLanes == 4 ? 2 : 4;
+typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
+typedef double DoublesAtAny __attribute__((vector_size(8 * kDoubles), aligned(8), may_alias));
+typedef float Floats __attribute__((vector_size(4 * kDoubles)));
+typedef float FloatsAtAny __attribute__((vector_size(4 * kDoubles), aligned(4), may_alias));
+
+#define VQK_INLINE static inline __attribute__((always_inline))
+
+VQK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAtAny*>(p); }
+VQK_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAny*>(p) = x; }
+VQK_INLINE Doubles load_doubles(const double* p) { return *reinterpret_cast<const DoublesAtAny*>(p); }
+VQK_INLINE Doubles load_doubles(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const FloatsAtAny*>(p), Doubles);
+}
+// The last `count` < kDoubles values, then zeros.
+template <class T>
+VQK_INLINE Doubles load_tail(const T* p, int64_t count) {
+  Doubles x = {};
+  for (int j = 0; j < kDoubles; ++j)
+    if (j < count) x[j] = p[j];
+  return x;
+}
+
+VQK_INLINE float lowest(Vec x) {
+#if VQK_LANES == 16
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif VQK_LANES == 8
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  x = VQK_MIN(x, __builtin_shufflevector(x, x, 1, 0, 3, 2));
+#endif
+  return x[0];
+}
+
+// ---------------------------------------------------------------- canonical values
+
+// t[j][i] = p[i][j]
+VQK_INLINE void transpose(const Doubles* p, Doubles* t) {
+#if VQK_LANES == 4
+  t[0] = __builtin_shufflevector(p[0], p[1], 0, 2);
+  t[1] = __builtin_shufflevector(p[0], p[1], 1, 3);
+#else
+  const Doubles a = __builtin_shufflevector(p[0], p[1], 0, 4, 2, 6), b = __builtin_shufflevector(p[0], p[1], 1, 5, 3, 7);
+  const Doubles c = __builtin_shufflevector(p[2], p[3], 0, 4, 2, 6), d = __builtin_shufflevector(p[2], p[3], 1, 5, 3, 7);
+  t[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  t[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  t[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  t[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#endif
+}
+
+constexpr int kPairs = 8;
+
+// cost[i] = sum over d, in order, of (z_d - c_d)^2 (l2) or minus that of z_d * c_d, in fp64 without
+// fused multiply-adds. Squares are computed along d, transposed, then added: lane i is pair i.
+template <class T, bool L2>
+VQK_INLINE void canonical_costs(const T* const* z, const T* const* c, int64_t D, double* cost) {
+  constexpr int kChains = kPairs / kDoubles;
+  Doubles sum[kChains] = {};
+  for (int64_t d = 0; d < D; d += kDoubles) {
+    const bool whole = d + kDoubles <= D;
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      Doubles product[kDoubles], term[kDoubles];
+#pragma GCC unroll 4
+      for (int j = 0; j < kDoubles; ++j) {
+        const T* zp = z[chain * kDoubles + j] + d;
+        const T* cp = c[chain * kDoubles + j] + d;
+        const Doubles x = whole ? load_doubles(zp) : load_tail(zp, D - d);  // padding adds +0: exact
+        const Doubles y = whole ? load_doubles(cp) : load_tail(cp, D - d);
+        product[j] = L2 ? (x - y) * (x - y) : x * y;
+      }
+      transpose(product, term);
+#pragma GCC unroll 4
+      for (int j = 0; j < kDoubles; ++j) sum[chain] = sum[chain] + term[j];
+    }
+  }
+  for (int i = 0; i < kPairs; ++i) cost[i] = L2 ? sum[i / kDoubles][i % kDoubles] : -sum[i / kDoubles][i % kDoubles];
+}
+
+template <class T>
+VQK_INLINE bool all_finite(const T* x, int64_t D) {
+  for (int64_t d = 0; d < D; ++d)
+    if (!(x[d] - x[d] == 0)) return false;
+  return true;
+}
+
+// Collects (row, codeword) pairs and keeps each row's best: lowest cost, then lowest index.
+template <class T, bool L2>
+struct Decision {
+  const T* rows;
+  const T* codewords;
+  int64_t D;
+  int64_t* index;
+  double* value;
+  const T* z[kPairs] = {};
+  const T* c[kPairs] = {};
+  int64_t row[kPairs] = {}, code[kPairs] = {};
+  int count = 0;
+
+  __attribute__((always_inline)) void add(int64_t i, int64_t k) {
+    z[count] = rows + i * D;
+    c[count] = codewords + k * D;
+    row[count] = i;
+    code[count] = k;
+    if (++count == kPairs) finish();
+  }
+
+  __attribute__((noinline)) void finish() {
+    if (!count) return;
+    for (int j = count; j < kPairs; ++j) z[j] = z[0], c[j] = c[0];
+    double cost[kPairs];
+    canonical_costs<T, L2>(z, c, D, cost);
+    for (int j = 0; j < count; ++j) {
+      double x = cost[j];
+      if (!(x - x == 0)) {  // rare: a codeword that must not win, or finite fp64 values whose cost overflows
+        if (!all_finite(c[j], D)) continue;
+        if (x != x) x = __builtin_huge_val();
+      }
+      int64_t& best = index[row[j]];
+      double& lowest_cost = value[row[j]];
+      if (best < 0 || x < lowest_cost || (x == lowest_cost && code[j] < best)) best = code[j], lowest_cost = x;
+    }
+    count = 0;
+  }
+};
+
+template <class T, bool L2>
+static void scan_with(const void* rows, int n, const void* codewords, int64_t first, int64_t last, int64_t D,
+                      int64_t* index, double* value) {
+  Decision<T, L2> decision{static_cast<const T*>(rows), static_cast<const T*>(codewords), D, index, value};
+  for (int i = 0; i < n; ++i)
+    for (int64_t k = first; k < last; ++k) decision.add(i, k);
+  decision.finish();
+}
+
+static void scan(const void* rows, int n, const void* codewords, int64_t first, int64_t last, int64_t D,
+                 bool is_double, bool l2, int64_t* index, double* value) {
+  auto* run = is_double ? (l2 ? scan_with<double, true> : scan_with<double, false>)
+                        : (l2 ? scan_with<float, true> : scan_with<float, false>);
+  run(rows, n, codewords, first, last, D, index, value);
+}
+
+// ---------------------------------------------------------------- coarse scores
+
+// lo, hi = scores of kTileRows rows of z, `stride` apart, against one panel.
+VQK_INLINE void score_panel(const float* z, int64_t stride, const float* panel, const float* half_norms, int64_t D,
+                            Vec* lo, Vec* hi) {
+  const Vec h0 = load(half_norms), h1 = load(half_norms + kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) lo[r] = h0, hi[r] = h1;
+  for (int64_t d = 0; d < D; ++d) {
+    const Vec c0 = load(panel), c1 = load(panel + kLanes);
+    panel += kWidth;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec x = VQK_SPLAT(z[r * stride + d]);
+      lo[r] = VQK_FMA(x, c0, lo[r]);
+      hi[r] = VQK_FMA(x, c1, hi[r]);
+    }
+  }
+}
+
+struct Row {
+  float best, limit;  // lowest score seen; best + 2 eps, or -inf: take no more candidates
+  float slack;        // 2 eps
+  int count;          // of candidates; kEveryCodeword: compare with all; kNone: the row takes no part
+  float score[kCandidates];
+  uint32_t lane[kCandidates];  // group * kLanes + lane
+};
+constexpr int kEveryCodeword = -1, kNone = -2;
+
+static __attribute__((noinline)) void add_candidate(Row& row, uint32_t lane, float score) {
+  if (row.count == kCandidates) {
+    int kept = 0;
+    for (int i = 0; i < kCandidates; ++i)
+      if (row.score[i] <= row.limit) row.score[kept] = row.score[i], row.lane[kept] = row.lane[i], ++kept;
+    row.count = kept;
+    if (kept == kCandidates) {
+      row.count = kEveryCodeword;
+      row.limit = -__builtin_inff();
+      return;
+    }
+  }
+  row.score[row.count] = score;
+  row.lane[row.count++] = lane;
+}
+
+// minima: `groups` vectors, kTileRows * kLanes floats apart, of lanes that start at `lane`.
+VQK_INLINE void filter(Row& row, const float* minima, int64_t groups, uint32_t lane) {
+  constexpr int64_t kStep = kTileRows * kLanes;
+  Vec lowest0 = load(minima), lowest1 = lowest0;
+  int64_t g = 1;
+  for (; g + 1 < groups; g += 2) {
+    lowest0 = VQK_MIN(lowest0, load(minima + g * kStep));
+    lowest1 = VQK_MIN(lowest1, load(minima + (g + 1) * kStep));
+  }
+  if (g < groups) lowest0 = VQK_MIN(lowest0, load(minima + g * kStep));
+  const float best = lowest(VQK_MIN(lowest0, lowest1));
+  if (!(best <= row.limit) || best == __builtin_inff()) return;
+  if (best < row.best) {
+    row.best = best;
+    row.limit = best + row.slack;
+  }
+  // Bits of 64 lanes at a time: as few unpredictable branches as there are candidates.
+  constexpr int kBatch = 64 / kLanes;
+  const Vec limit = VQK_SPLAT(row.limit);
+  for (g = 0; g < groups; g += kBatch) {
+    uint64_t bits = 0;
+    const int64_t batch = groups - g < kBatch ? groups - g : kBatch;
+    for (int64_t j = 0; j < batch; ++j)
+      bits |= static_cast<uint64_t>(VQK_LE_MASK(load(minima + (g + j) * kStep), limit)) << (j * kLanes);
+    for (; bits; bits &= bits - 1) {
+      if (row.count == kEveryCodeword) return;
+      const int bit = __builtin_ctzll(bits);
+      add_candidate(row, lane + static_cast<uint32_t>(g * kLanes) + bit,
+                    minima[(g + bit / kLanes) * kStep + bit % kLanes]);
+    }
+  }
+}
+
+// Fills the rows' candidates. z: [max(n, kTileRows), D] scaled rows.
+static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, float* minima) {
+  const int64_t D = cb.D, panels_per_group = cb.group > 2 ? cb.group / 2 : 1;
+  const int64_t groups_per_panel = cb.group == 1 ? 2 : 1;
+  int64_t block = kBlockBytes / (D * kWidth * 4);
+  if (block > kBlockVectors * panels_per_group / groups_per_panel) block = kBlockVectors * panels_per_group / groups_per_panel;
+  block = block / panels_per_group * panels_per_group;
+  if (block < panels_per_group) block = panels_per_group;
+  constexpr int64_t kStep = kTileRows * kLanes;
+  for (int64_t first = 0; first < cb.panels_count; first += block) {
+    const int64_t last = first + block < cb.panels_count ? first + block : cb.panels_count;
+    const uint32_t lane = static_cast<uint32_t>(first / panels_per_group * groups_per_panel * kLanes);
+    for (int done = 0; done < n; done += kTileRows) {
+      const int start = done + kTileRows <= n || n < kTileRows ? done : n - kTileRows;  // the last tile overlaps
+      float* out = minima;
+      for (int64_t p = first, in_group = 0; p < last; ++p) {
+        Vec lo[kTileRows], hi[kTileRows];
+        score_panel(z + start * D, D, cb.panels + p * D * kWidth, cb.half_norms + p * kWidth, D, lo, hi);
+        if (groups_per_panel == 2) {
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRows; ++r) store(out + r * kLanes, lo[r]), store(out + kStep + r * kLanes, hi[r]);
+          out += 2 * kStep;
+          continue;
+        }
+        if (in_group == 0) {
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRows; ++r) store(out + r * kLanes, VQK_MIN(lo[r], hi[r]));
+        } else {
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRows; ++r)
+            store(out + r * kLanes, VQK_MIN(VQK_MIN(lo[r], hi[r]), load(out + r * kLanes)));
+        }
+        if (++in_group == panels_per_group || p + 1 == last) in_group = 0, out += kStep;
+      }
+      const int64_t groups = (out - minima) / kStep;
+      for (int i = done; i < n && i < start + kTileRows; ++i)
+        if (rows[i].count >= 0) filter(rows[i], minima + (i - start) * kLanes, groups, lane);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- search
+
+template <class T>
+VQK_INLINE double sum_of_squares(const T* x, int64_t D, double scale) {
+  Doubles a = {}, b = {}, s = Doubles{} + scale;
+  int64_t d = 0;
+  for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
+    const Doubles p = load_doubles(x + d) * s, q = load_doubles(x + d + kDoubles) * s;
+    a += p * p;
+    b += q * q;
+  }
+  double sum = 0;
+  for (; d < D; ++d) sum += (x[d] * scale) * (x[d] * scale);
+  a += b;
+  for (int j = 0; j < kDoubles; ++j) sum += a[j];
+  return sum;
+}
+
+struct Scratch {
+  float* minima;
+  Row* rows;
+  double* scale;
+  float* z;
+};
+
+static Scratch carve(char* memory) {
+  Scratch s;
+  s.minima = reinterpret_cast<float*>(memory);
+  s.rows = reinterpret_cast<Row*>(memory + kBlockVectors * kTileRows * kLanes * 4);
+  s.scale = reinterpret_cast<double*>(s.rows + kMaxRows);
+  s.z = reinterpret_cast<float*>(s.scale + kMaxRows);
+  return s;
+}
+
+static size_t scratch_bytes(int n, int64_t D) {
+  const size_t fixed = carve(nullptr).z - static_cast<float*>(nullptr);
+  return 4 * (fixed + static_cast<size_t>(n < kTileRows ? kTileRows : n) * D);
+}
+
+// 2^-exponent(x), kept in the range of normal floats; 1 for ordinary x, so that most data is used in place.
+static double power_of_two_scale(double x) {
+  if ((x >= 0x1p-40 && x <= 0x1p40) || !(x > 0) || x - x != 0) return 1;
+  int exponent = __builtin_ilogb(x);
+  exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+  return __builtin_scalbn(1.0, -exponent);
+}
+
+template <class T, bool L2>
+static void search_with(const Codebook& cb, const void* rows, const bool* skip, int n, char* memory, int64_t* index,
+                        double* value) {
+  const Scratch s = carve(memory);
+  const T* z = static_cast<const T*>(rows);
+  const int64_t D = cb.D;
+  constexpr bool kDouble = sizeof(T) == 8;
+  bool in_place = !kDouble && n >= kTileRows;
+  for (int i = 0; i < n; ++i) {
+    Row& row = s.rows[i];
+    index[i] = -1;
+    value[i] = __builtin_nan("");
+    row.best = row.limit = __builtin_inff();
+    row.slack = 0;
+    row.count = kNone;
+    s.scale[i] = cb.scale;
+    in_place &= s.scale[i] == 1;
+    if ((skip && skip[i]) || !cb.finite) continue;
+    const double squares = sum_of_squares(z + i * D, D, 1.0) + (kDouble ? D * 0x1p-1060 : 0.0);  // underflown ones
+    if (squares - squares != 0 && !(kDouble && all_finite(z + i * D, D))) continue;
+    const double norm = __builtin_sqrt(squares);
+    if (!L2) {
+      s.scale[i] = power_of_two_scale(norm);
+      in_place &= s.scale[i] == 1;
+    }
+    double eps = score_error_bound(D, norm * s.scale[i], cb.norm, L2, kDouble ? 0x1p-1074 * s.scale[i] * cb.scale : 0.0);
+    if (kDouble && !(norm + cb.norm / cb.scale < 0x1p500)) eps = __builtin_inf();  // canonical sums might overflow
+    row.count = eps < 0x1p120 ? 0 : kEveryCodeword;
+    row.slack = cb.certified ? static_cast<float>(2 * eps) : 0.0f;
+  }
+  if (!in_place) {
+    for (int i = 0; i < n; ++i) {
+      const T scale = static_cast<T>(s.scale[i]);
+      for (int64_t d = 0; d < D; ++d) s.z[i * D + d] = static_cast<float>(z[i * D + d] * scale);
+    }
+    for (int64_t j = n * D; j < kTileRows * D; ++j) s.z[j] = 0;
+  }
+  if (cb.finite) coarse_pass(cb, in_place ? static_cast<const float*>(rows) : s.z, s.rows, n, s.minima);
+
+  Decision<T, L2> decision{z, static_cast<const T*>(cb.rows), D, index, value};
+  for (int i = 0; i < n; ++i) {
+    const Row& row = s.rows[i];
+    if (row.count == kEveryCodeword)
+      for (int64_t k = 0; k < cb.K; ++k) decision.add(i, k);
+    for (int j = 0; j < row.count; ++j) {
+      if (!(row.score[j] <= row.limit)) continue;
+      const int64_t first = static_cast<int64_t>(row.lane[j] / kLanes) * cb.group * kLanes + row.lane[j] % kLanes;
+      for (int64_t k = first; k < first + cb.group * kLanes && k < cb.K; k += kLanes) decision.add(i, k);
+    }
+  }
+  decision.finish();
+}
+
+static void search(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
+                   double* value) {
+  auto* run = cb.is_double ? (cb.l2 ? search_with<double, true> : search_with<double, false>)
+                           : (cb.l2 ? search_with<float, true> : search_with<float, false>);
+  run(cb, rows, skip, n, scratch, index, value);
+}
+
+// ---------------------------------------------------------------- preparation
+
+template <class T>
+static double pack_with(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms) {
+  const int64_t D = cb.D;
+  const T scale = static_cast<T>(cb.scale);
+  double largest = 0;
+  for (int64_t p = first; p < last; ++p) {
+    float* panel = panels + p * D * kWidth;
+    for (int j = 0; j < kWidth; ++j) {
+      const int64_t k = p * kWidth + j;
+      const T* row = static_cast<const T*>(cb.rows) + k * D;
+      const bool usable = k < cb.K && all_finite(row, D);
+      double squares = 0;
+      if (usable) squares = sum_of_squares(row, D, cb.scale) + (sizeof(T) == 8 ? D * 0x1p-1060 : 0.0);
+      for (int64_t d = 0; d < D; ++d) panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
+      half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
+      if (squares > largest) largest = squares;
+    }
+  }
+  return largest;
+}
+
+static double pack(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms) {
+  return (cb.is_double ? pack_with<double> : pack_with<float>)(cb, first, last, panels, half_norms);
+}
+
+static float float_from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+static void convert(const void* from, DType dtype, int64_t count, void* to) {
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  float* out = static_cast<float*>(to);
+  if (dtype == DType::bf16) {
+    for (int64_t i = 0; i < count; ++i) out[i] = float_from_bits(static_cast<uint32_t>(half[i]) << 16);
+  } else if (dtype == DType::f16) {
+    for (int64_t i = 0; i < count; ++i) {
+      // exponent and fraction moved into place, then 2^112 corrects the exponent's bias (subnormals too)
+      const float magnitude = float_from_bits((half[i] & 0x7fffu) << 13) * 0x1p112f;
+      uint32_t bits;
+      __builtin_memcpy(&bits, &magnitude, 4);
+      bits |= (half[i] & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
+      out[i] = float_from_bits(bits | (half[i] & 0x8000u) << 16);
+    }
+  } else {
+    __builtin_memcpy(to, from, count * (dtype == DType::f64 ? 8 : 4));
+  }
+}
+
+template <class T>
+static void normalize_with(const T* from, int64_t n, int64_t D, T* to) {
+  for (int64_t first = 0; first < n; first += kPairs) {
+    const T* rows[kPairs];
+    double squares[kPairs];
+    for (int i = 0; i < kPairs; ++i) rows[i] = from + (first + i < n ? first + i : first) * D;
+    canonical_costs<T, false>(rows, rows, D, squares);
+    for (int i = 0; i < kPairs && first + i < n; ++i) {
+      const double norm = __builtin_sqrt(-squares[i]);
+      T* out = to + (first + i) * D;
+      for (int64_t d = 0; d < D; ++d) out[d] = norm == 0 ? T(0) : static_cast<T>(static_cast<double>(rows[i][d]) / norm);
+    }
+  }
+}
+
+static void normalize(const void* from, bool is_double, int64_t n, int64_t D, void* to) {
+  if (is_double) normalize_with(static_cast<const double*>(from), n, D, static_cast<double*>(to));
+  else normalize_with(static_cast<const float*>(from), n, D, static_cast<float*>(to));
+}

@@ -1,0 +1,33 @@
+// The search kernel for any CPU that GCC or Clang has 16-byte vectors for (SSE2 on x86-64, NEON on
+// AArch64): 4 lanes, multiply then add. The bound of docs/numerics.md covers unfused arithmetic, so the
+// results are those of the wider levels, bit for bit.
+#include "nearest_codeword.h"
+#include "vqk/error_bound.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define VQK_LANES 4
+#define VQK_ROWS 4
+#define VQK_SPLAT(x) (Vec{x, x, x, x})
+#define VQK_FMA(a, b, c) ((a) * (b) + (c))
+#if defined(__SSE2__)
+#define VQK_MIN(a, b) _mm_min_ps(a, b)
+#define VQK_LE_MASK(a, b) static_cast<unsigned>(_mm_movemask_ps(_mm_cmple_ps(a, b)))
+#else
+#define VQK_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define VQK_LE_MASK(a, b) le_mask((a) <= (b))
+#endif
+
+namespace vqk::cpu {
+namespace {
+#if !defined(__SSE2__)
+template <class Mask>
+inline unsigned le_mask(const Mask& m) {
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+}
+#endif
+#include "nearest_codeword_kernel.h"
+}  // namespace
+
+extern const SearchKernel portable_kernel = {kLanes, kTileRows, convert, normalize, pack, search, scan, scratch_bytes};
+}  // namespace vqk::cpu

@@ -1,0 +1,455 @@
+// The CPU search against a naive scalar oracle: zero differences in index and distance bits, at every
+// SIMD level and thread count, on the data that breaks approximate searches. No torch.
+//
+//   tests/cpp/run                 builds this with g++ in seconds and runs the checks
+//   tests/cpp/run sanitize        the same under ASan and UBSan
+//   tests/cpp/run bench           timings at the shapes of docs/numerics.md
+//
+// Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "vqk/error_bound.h"
+#include "vqk/launch.h"
+#include "vqk/simd.h"
+
+namespace vqk {
+static Simd level = Simd::portable;
+Simd simd_level() { return level; }  // instead of simd.cpp: the test picks freely
+}  // namespace vqk
+
+using namespace vqk;
+
+namespace {
+
+int threads = 1;
+
+void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) body(context, i);
+    return;
+  }
+  std::atomic<int64_t> next = 0;
+  auto work = [&] {
+    for (int64_t i; (i = next++) < tasks;) body(context, i);
+  };
+  std::vector<std::thread> pool;
+  for (int t = 1; t < threads; ++t) pool.emplace_back(work);
+  work();
+  for (auto& t : pool) t.join();
+}
+
+Parallel parallel() { return {run_tasks, threads}; }
+
+std::vector<Simd> levels() {
+  std::vector<Simd> found{Simd::portable};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found.push_back(Simd::avx2);
+#if defined(VQK_EMULATE_AVX512)
+    found.push_back(Simd::avx512);
+#else
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      found.push_back(Simd::avx512);
+#endif
+  }
+#endif
+  return found;
+}
+
+// ---------------------------------------------------------------- dtypes, one value at a time
+
+double decode(DType dtype, const void* base, int64_t i) {
+  if (dtype == DType::f64) return static_cast<const double*>(base)[i];
+  if (dtype == DType::f32) return static_cast<const float*>(base)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(base)[i];
+  if (dtype == DType::bf16) return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(1024 + fraction, exponent - 25);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+// Rounds x to the dtype by searching among all 16-bit patterns' neighbours is slow; the half types are
+// made by truncation, which is as good as any data.
+void encode(DType dtype, double x, void* base, int64_t i) {
+  if (dtype == DType::f64) static_cast<double*>(base)[i] = x;
+  if (dtype == DType::f32) static_cast<float*>(base)[i] = static_cast<float>(x);
+  if (dtype == DType::bf16)
+    static_cast<uint16_t*>(base)[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> 16);
+  if (dtype == DType::f16) {
+    uint16_t bits = std::signbit(x) ? 0x8000 : 0;
+    const double a = std::fabs(x);
+    if (std::isnan(x)) bits |= 0x7e00;
+    else if (a >= 65536) bits |= 0x7c00;
+    else if (a < std::ldexp(1, -14)) bits |= static_cast<uint16_t>(std::ldexp(a, 24));
+    else {
+      const int e = std::ilogb(a);
+      bits |= static_cast<uint16_t>((e + 15) << 10 | (static_cast<int>(std::ldexp(a, 10 - e)) - 1024));
+    }
+    static_cast<uint16_t*>(base)[i] = bits;
+  }
+}
+
+size_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+const char* name(DType dtype) { return std::vector{"f32", "f64", "bf16", "f16"}[static_cast<int>(dtype)]; }
+const char* name(Metric metric) { return std::vector{"l2", "cosine", "dot"}[static_cast<int>(metric)]; }
+
+// A tensor whose data starts one element past an aligned address.
+struct Array {
+  Array(DType dtype, const std::vector<double>& values) : dtype(dtype), memory(bytes_of(dtype) * (values.size() + 1) + 64) {
+    for (size_t i = 0; i < values.size(); ++i) encode(dtype, values[i], data(), i);
+  }
+  char* data() {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + ((address + 31) / 32 * 32 - address) + bytes_of(dtype);
+  }
+  double operator[](int64_t i) { return decode(dtype, data(), i); }
+  DType dtype;
+  std::vector<char> memory;
+};
+
+// ---------------------------------------------------------------- oracle
+
+std::vector<double> row_of(Array& a, int64_t i, int64_t D, bool normalize) {
+  std::vector<double> row(D);
+  double squares = 0;
+  for (int64_t d = 0; d < D; ++d) row[d] = a[i * D + d], squares += row[d] * row[d];
+  const double norm = std::sqrt(squares);
+  if (normalize)
+    for (double& x : row) {
+      x = norm == 0 ? 0.0 : x / norm;
+      if (a.dtype != DType::f64) x = static_cast<float>(x);
+    }
+  return row;
+}
+
+bool finite(const std::vector<double>& row) {
+  return std::all_of(row.begin(), row.end(), [](double x) { return std::isfinite(x); });
+}
+
+struct Answer {
+  int64_t index;
+  double value;  // canonical, as the op returns it before the last rounding
+};
+
+Answer nearest(const std::vector<double>& z, const std::vector<std::vector<double>>& codebook, Metric metric) {
+  Answer best{-1, NAN};
+  if (!finite(z)) return best;
+  double lowest = 0;
+  for (size_t k = 0; k < codebook.size(); ++k) {
+    if (!finite(codebook[k])) continue;
+    double sum = 0;
+    for (size_t d = 0; d < z.size(); ++d) {
+      const double x = metric == Metric::l2 ? z[d] - codebook[k][d] : z[d], y = metric == Metric::l2 ? x : codebook[k][d];
+      const double product = x * y;
+      sum += product;
+    }
+    const double cost = metric == Metric::l2 ? sum : -sum;
+    if (best.index < 0 || cost < lowest) best.index = static_cast<int64_t>(k), lowest = cost;
+  }
+  if (best.index >= 0) best.value = lowest + (metric == Metric::cosine ? 1.0 : 0.0);  // and no -0
+  return best;
+}
+
+// ---------------------------------------------------------------- data
+
+using Random = std::mt19937_64;
+using Draw = std::function<void(Random&, int64_t N, int64_t K, int64_t D, std::vector<double>& z, std::vector<double>& c)>;
+
+double normal(Random& random) { return std::normal_distribution<double>()(random); }
+double uniform(Random& random) { return std::uniform_real_distribution<double>()(random); }
+
+void fill(std::vector<double>& x, const std::function<double()>& draw) {
+  for (double& v : x) v = draw();
+}
+
+// Codewords that are copies of others, or of rows.
+void duplicate(Random& random, int64_t N, int64_t K, int64_t D, std::vector<double>& z, std::vector<double>& c) {
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t from = static_cast<int64_t>(random() % K), row = static_cast<int64_t>(random() % N);
+    if (random() % 2) std::copy_n(c.begin() + from * D, D, c.begin() + k * D);
+    else if (random() % 4 == 0) std::copy_n(z.begin() + row * D, D, c.begin() + k * D);
+  }
+}
+
+const std::vector<std::pair<const char*, Draw>> kData = {
+    {"gaussian", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return normal(r); }); }},
+    {"far cluster", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1000 + 0.01 * normal(r); }); fill(c, [&] { return 1000 + 0.01 * normal(r); }); }},
+    {"very far cluster", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e6 + normal(r); }); fill(c, [&] { return 1e6 + normal(r); }); }},
+    {"lognormal", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return std::exp(3 * normal(r)); }); fill(c, [&] { return std::exp(3 * normal(r)); }); }},
+    {"cauchy", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) / normal(r); }); fill(c, [&] { return normal(r) / normal(r); }); }},
+    {"integers", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) { fill(z, [&] { return static_cast<int>(r() % 7) - 3; }); fill(c, [&] { return static_cast<int>(r() % 7) - 3; }); duplicate(r, N, K, D, z, c); }},
+    {"duplicates", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return normal(r); }); duplicate(r, N, K, D, z, c); }},
+    {"one-ulp gaps", [](Random& r, auto, auto K, auto D, auto& z, auto& c) {
+       fill(z, [&] { return normal(r); });
+       fill(c, [&] { return normal(r); });
+       for (int64_t k = 1; k < K; ++k)
+         for (int64_t d = 0; d < D; ++d) {
+           const float x = static_cast<float>(c[d]);
+           c[k * D + d] = r() % D ? x : std::nextafter(x, r() % 2 ? INFINITY : -INFINITY);
+         }
+     }},
+    {"scale 1e30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e30 * normal(r); }); fill(c, [&] { return 1e30 * normal(r); }); }},
+    {"scale 1e38", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e38 * normal(r); }); fill(c, [&] { return 1e38 * normal(r); }); }},
+    {"scale 1e-30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-30 * normal(r); }); fill(c, [&] { return 1e-30 * normal(r); }); }},
+    {"z 1e30, c 1e-30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e30 * normal(r); }); fill(c, [&] { return 1e-30 * normal(r); }); }},
+    {"z 1e-30, c 1", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-30 * normal(r); }); fill(c, [&] { return normal(r); }); }},
+    {"subnormals", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-41 * normal(r); }); fill(c, [&] { return 1e-41 * normal(r); }); }},
+    {"fp64 extremes", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 120 - 300); }); fill(c, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 100 - 300); }); }},
+    {"mixed scales", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) * std::pow(10.0, 30 * (uniform(r) - 0.5)); }); fill(c, [&] { return normal(r) * std::pow(10.0, 60 * (uniform(r) - 0.5)); }); }},
+    {"all equal", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return 0.25; }); }},
+    {"all zero", [](Random&, auto, auto, auto, auto& z, auto& c) { fill(z, [] { return 0; }); fill(c, [] { return -0.0; }); }},
+    {"not finite", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) {
+       const double bad[] = {NAN, INFINITY, -INFINITY};
+       fill(z, [&] { return normal(r); });
+       fill(c, [&] { return normal(r); });
+       for (int64_t i = 0; i < N; ++i) if (r() % 4 == 0) z[i * D + r() % D] = bad[r() % 3];
+       for (int64_t k = 0; k < K; ++k) if (r() % 3 == 0) c[k * D + r() % D] = bad[r() % 3];
+     }},
+    {"no finite codeword", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [] { return NAN; }); }},
+};
+
+// ---------------------------------------------------------------- checks
+
+int64_t checks = 0, failures = 0;
+
+void fail(const std::string& text) {
+  if (++failures <= 20) std::printf("FAIL %s\n", text.c_str());
+}
+
+bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b); }
+
+double rounded(DType dtype, double x) { return dtype == DType::f64 ? x : static_cast<double>(static_cast<float>(x)); }
+
+std::string describe(const char* data, DType dtype, Metric metric, int64_t H, int64_t N, int64_t K, int64_t D) {
+  char text[200];
+  std::snprintf(text, sizeof text, "%s %s %s H%lld N%lld K%lld D%lld %s threads %d", data, name(dtype), name(metric),
+                (long long)H, (long long)N, (long long)K, (long long)D,
+                std::vector{"portable", "avx2", "avx512"}[static_cast<int>(level)], threads);
+  return text;
+}
+
+struct Problem {
+  Problem(Random& random, const Draw& draw, DType dtype, int64_t H, int64_t N, int64_t K, int64_t D, bool masked)
+      : H(H), N(N), K(K), D(D), z(dtype, {}), c(dtype, {}), mask(H * N, 1) {
+    std::vector<double> zs, cs;
+    for (int64_t h = 0; h < H; ++h) {
+      std::vector<double> zh(N * D), ch(K * D);
+      draw(random, N, K, D, zh, ch);
+      zs.insert(zs.end(), zh.begin(), zh.end());
+      cs.insert(cs.end(), ch.begin(), ch.end());
+    }
+    z = Array(dtype, zs);
+    c = Array(dtype, cs);
+    if (masked)
+      for (char& m : mask) m = random() % 3 != 0;
+  }
+  int64_t H, N, K, D;
+  Array z, c;
+  std::vector<char> mask;
+};
+
+void check_nearest(Random& random, const char* data, const Draw& draw, DType dtype, Metric metric, int64_t H, int64_t N,
+                   int64_t K, int64_t D, bool masked) {
+  Problem p(random, draw, dtype, H, N, K, D, masked);
+  std::vector<Answer> expected;
+  for (int64_t h = 0; h < H; ++h) {
+    std::vector<std::vector<double>> codebook;
+    for (int64_t k = 0; k < K; ++k) codebook.push_back(row_of(p.c, h * K + k, D, metric == Metric::cosine));
+    for (int64_t i = 0; i < N; ++i)
+      expected.push_back(p.mask[h * N + i] ? nearest(row_of(p.z, h * N + i, D, metric == Metric::cosine), codebook, metric)
+                                           : Answer{-1, 0.0});
+  }
+  for (Simd simd : levels())
+    for (int t : {1, 2}) {
+      level = simd;
+      threads = t;
+      std::vector<int64_t> indices(H * N, 12345);
+      Array distances(dtype == DType::f64 ? DType::f64 : DType::f32, std::vector<double>(H * N, 1e9));
+      cpu::nearest_codeword({.z = p.z.data(), .codebook = p.c.data(),
+                             .mask = masked ? reinterpret_cast<const bool*>(p.mask.data()) : nullptr,
+                             .indices = indices.data(), .distances = distances.data(),
+                             .H = H, .N = N, .K = K, .D = D, .dtype = dtype, .metric = metric, .certified = true},
+                            parallel());
+      for (int64_t i = 0; i < H * N; ++i) {
+        ++checks;
+        if (indices[i] == expected[i].index && same_bits(distances[i], rounded(dtype, expected[i].value))) continue;
+        char text[160];
+        std::snprintf(text, sizeof text, ": row %lld is %lld at %.17g, must be %lld at %.17g", (long long)i,
+                      (long long)indices[i], distances[i], (long long)expected[i].index, rounded(dtype, expected[i].value));
+        fail(describe(data, dtype, metric, H, N, K, D) + text);
+        break;
+      }
+    }
+}
+
+void check_residual(Random& random, const char* data, const Draw& draw, DType dtype, Metric metric, int64_t H, int64_t N,
+                    const std::vector<int64_t>& sizes, int64_t D, bool masked) {
+  const int64_t Q = static_cast<int64_t>(sizes.size());
+  std::vector<Problem> levels_data;
+  for (int64_t K : sizes) levels_data.emplace_back(random, draw, dtype, H, N, K, D, masked);
+  Problem& first = levels_data[0];
+  const DType out = dtype == DType::f64 ? DType::f64 : DType::f32;
+  std::vector<int64_t> expected(H * N * Q, -1);
+  std::vector<double> quantized(H * N * D, NAN), losses(Q, 0.0);
+  int64_t valid = 0;
+  for (int64_t row = 0; row < H * N; ++row) {
+    if (!first.mask[row]) {
+      std::fill_n(quantized.begin() + row * D, D, 0.0);
+      continue;
+    }
+    std::vector<double> r = row_of(first.z, row, D, false), q(D), squares(Q);
+    std::vector<int64_t> index(Q);
+    bool good = true;
+    for (int64_t l = 0; l < Q && good; ++l) {
+      Array residual(out, r);
+      std::vector<std::vector<double>> codebook;
+      for (int64_t k = 0; k < sizes[l]; ++k)
+        codebook.push_back(row_of(levels_data[l].c, row / N * sizes[l] + k, D, metric == Metric::cosine));
+      index[l] = nearest(row_of(residual, 0, D, metric == Metric::cosine), codebook, metric).index;
+      good = index[l] >= 0;
+      if (!good) break;
+      const std::vector<double> c = row_of(levels_data[l].c, row / N * sizes[l] + index[l], D, false);
+      for (int64_t d = 0; d < D; ++d) {
+        squares[l] += (r[d] - c[d]) * (r[d] - c[d]);
+        r[d] = rounded(out, r[d] - c[d]);
+        q[d] = l ? rounded(out, q[d] + c[d]) : c[d];
+      }
+    }
+    if (!good || !finite(r)) continue;
+    ++valid;
+    std::copy(index.begin(), index.end(), expected.begin() + row * Q);
+    std::copy(q.begin(), q.end(), quantized.begin() + row * D);
+    for (int64_t l = 0; l < Q; ++l) losses[l] += squares[l];
+  }
+  std::vector<double> first_losses;
+  for (Simd simd : levels())
+    for (int t : {1, 2}) {
+      level = simd;
+      threads = t;
+      std::vector<const void*> codebooks;
+      for (Problem& p : levels_data) codebooks.push_back(p.c.data());
+      std::vector<int64_t> indices(H * N * Q, 12345);
+      Array got(dtype, std::vector<double>(H * N * D, 7)), got_losses(out, std::vector<double>(Q, 7));
+      int64_t got_valid = -5;
+      cpu::residual_quantize({.z = first.z.data(), .codebooks = codebooks.data(), .K = sizes.data(),
+                              .mask = masked ? reinterpret_cast<const bool*>(first.mask.data()) : nullptr,
+                              .indices = indices.data(), .quantized = got.data(), .losses = got_losses.data(),
+                              .valid = &got_valid, .H = H, .N = N, .Q = Q, .D = D, .dtype = dtype, .metric = metric},
+                             parallel());
+      const std::string where = describe(data, dtype, metric, H, N, sizes[0], D) + " residual";
+      checks += H * N;
+      if (indices != expected) fail(where + ": indices differ");
+      if (got_valid != valid) fail(where + ": valid rows differ");
+      for (int64_t i = 0; i < H * N * D; ++i) {
+        // 16-bit outputs: within one rounding of the dtype, as the encoder here truncates
+        const double e = quantized[i], unit = dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+        const bool same = bytes_of(dtype) > 2 ? same_bits(got[i], e)
+                                              : (std::isnan(e) && std::isnan(got[i])) || got[i] == e ||
+                                                    std::fabs(got[i] - e) <= std::max(unit * std::fabs(e), 0x1p-25);
+        if (same) continue;
+        fail(where + ": quantized differs: " + std::to_string(got[i]) + " for " + std::to_string(e));
+        break;
+      }
+      std::vector<double> now;
+      for (int64_t l = 0; l < Q; ++l) now.push_back(got_losses[l]);
+      if (first_losses.empty()) first_losses = now;
+      for (int64_t l = 0; l < Q; ++l) {
+        const double e = valid ? losses[l] / (static_cast<double>(valid) * D) : 0.0;
+        if (!same_bits(now[l], first_losses[l])) fail(where + ": losses depend on threads or SIMD level");
+        if (rounded(out, e) != now[l] && !(std::fabs(now[l] - e) <= 1e-6 * e)) fail(where + ": losses differ");
+      }
+    }
+}
+
+int check() {
+  const DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+  const Metric metrics[] = {Metric::l2, Metric::cosine, Metric::dot};
+  Random random(20260101);
+  const int64_t ragged[] = {1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 15, 16, 17, 31, 33, 63, 65, 97, 129, 257};
+  auto pick = [&] { return ragged[random() % std::size(ragged)]; };
+  for (const auto& [data, draw] : kData) {
+    const int64_t before = failures, checked = checks;
+    for (DType dtype : dtypes)
+      for (Metric metric : metrics) {
+        check_nearest(random, data, draw, dtype, metric, 1, 200, 300, 16, false);
+        check_nearest(random, data, draw, dtype, metric, 2, 57, 129, 33, true);
+        for (int i = 0; i < 6; ++i)
+          check_nearest(random, data, draw, dtype, metric, 1 + random() % 2, pick(), pick(), pick(), random() % 2);
+        check_residual(random, data, draw, dtype, metric, 2, 61, {33, 64, 17}, 12, true);
+        check_residual(random, data, draw, dtype, metric, 1, pick(), {pick(), pick()}, pick(), random() % 2);
+      }
+    std::printf("%-20s %9lld rows  %s\n", data, (long long)(checks - checked), failures == before ? "ok" : "FAILED");
+  }
+  // Sizes that reach every code path: several codebook blocks, every group size, long rows.
+  const int64_t before = failures, checked = checks;
+  const Draw gaussian = kData[0].second, duplicates = kData[6].second;
+  for (int64_t K : {1024, 5000, 20000}) check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
+  check_nearest(random, "many codewords", duplicates, DType::f32, Metric::l2, 1, 101, 20000, 3, false);
+  check_nearest(random, "long rows", gaussian, DType::f32, Metric::l2, 1, 50, 300, 1500, false);
+  check_nearest(random, "many rows", duplicates, DType::f32, Metric::l2, 3, 5000, 40, 9, true);
+  check_nearest(random, "no rows", gaussian, DType::f32, Metric::l2, 1, 0, 40, 9, false);
+  check_residual(random, "many rows", gaussian, DType::f32, Metric::l2, 1, 3000, {64, 64, 64, 64}, 8, false);
+  std::printf("%-20s %9lld rows  %s\n", "large sizes", (long long)(checks - checked), failures == before ? "ok" : "FAILED");
+  std::printf("%lld rows compared, %lld failures\n", (long long)checks, (long long)failures);
+  return failures ? 1 : 0;
+}
+
+// ---------------------------------------------------------------- bench
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void bench(int argc, char** argv) {
+  struct Shape { int64_t N, K, D; };
+  std::vector<Shape> shapes = {{65536, 256, 32}, {65536, 1024, 64}, {32768, 8192, 64}, {16384, 8192, 256}, {65536, 16384, 8}, {8192, 1024, 768}};
+  for (int64_t n : {1, 2, 4, 8, 16, 64}) shapes.push_back({n, 8192, 256});
+  for (int64_t n : {1, 4, 16}) shapes.push_back({n, 256, 32});
+  if (argc > 4) shapes = {{std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])}};
+  Random random(1);
+  for (const Shape& s : shapes) {
+    std::vector<float> z(s.N * s.D), c(s.K * s.D);
+    for (float& x : z) x = static_cast<float>(normal(random));
+    for (float& x : c) x = static_cast<float>(normal(random));
+    std::vector<int64_t> indices(s.N);
+    std::vector<float> distances(s.N);
+    for (Simd simd : levels()) {
+      if (simd != Simd::avx2) continue;
+      level = simd;
+      for (int t : {1, 2}) {
+        threads = t;
+        double best = 1e9, spent = 0;
+        for (int i = 0; i < 200 && (i < 3 || spent < 2.0); ++i) {
+          const double start = seconds();
+          cpu::nearest_codeword({.z = z.data(), .codebook = c.data(), .mask = nullptr, .indices = indices.data(),
+                                 .distances = distances.data(), .H = 1, .N = s.N, .K = s.K, .D = s.D,
+                                 .dtype = DType::f32, .metric = Metric::l2, .certified = true}, parallel());
+          const double took = seconds() - start;
+          best = std::min(best, took);
+          spent += took;
+        }
+        std::printf("N %6lld K %6lld D %4lld  threads %d  %10.3f ms  %7.1f GFLOP/s\n", (long long)s.N, (long long)s.K,
+                    (long long)s.D, t, best * 1e3, 2.0 * s.N * s.K * s.D / best * 1e-9);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && !std::strcmp(argv[1], "bench")) return bench(argc, argv), 0;
+  return check();
+}

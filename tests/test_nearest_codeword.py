@@ -87,10 +87,11 @@ class TestReproducible:
     N, K, D = 1_000_000, 96, 8
 
     @pytest.fixture(scope="class")
-    def data(self):
-        z = draw("gaussian", self.N, self.D)
-        z[::3] = draw("ties", (self.N + 2) // 3, self.D)
-        c = torch.cat([draw("ties", 48, self.D, seed=2), draw("gaussian", 24, self.D, seed=3)])
+    @classmethod
+    def data(cls):
+        z = draw("gaussian", cls.N, cls.D)
+        z[::3] = draw("ties", (cls.N + 2) // 3, cls.D)
+        c = torch.cat([draw("ties", 48, cls.D, seed=2), draw("gaussian", 24, cls.D, seed=3)])
         c = torch.cat([c, c[20:44]])
         torch.set_num_threads(2)
         return z, c, vq.nearest_codeword(z, c)
@@ -141,11 +142,12 @@ class TestReproducible:
         self.assert_same((torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])), want)
 
     @needs_kernel
-    def test_row_by_row(self, data):
+    @pytest.mark.parametrize("rows", [100_000, pytest.param(N, marks=pytest.mark.slow)])
+    def test_row_by_row(self, data, rows):
         z, c, want = data
+        z, want = z[:rows], [w[:rows] for w in want]
         op, codebook = torch.ops.vqkernels.nearest_codeword.default, c[None]
-        rows = z.unsqueeze(1).unsqueeze(1).unbind(0)
-        pieces = [op(row, codebook, None, 0, True) for row in rows]
+        pieces = [op(row, codebook, None, 0, True) for row in z.unsqueeze(1).unsqueeze(1).unbind(0)]
         self.assert_same((torch.cat([p[0] for p in pieces]).squeeze(1), torch.cat([p[1] for p in pieces]).squeeze(1)), want)
 
     def test_codebook_shards(self, data):

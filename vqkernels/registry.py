@@ -222,6 +222,7 @@ def _register() -> dict[str, dict[str, bool | str]]:
             lib._register_fake(spec.name + overload, spec.fake)
         lib.impl(spec.name + ".reference", spec.reference, "CompositeExplicitAutograd")
     lib.define("simd_level(int level=-1) -> int")
+    lib.define("fma_peak_gflops() -> float")
     no_library = _ops.load()
     no_triton = _ops.triton_reason()
     if no_triton is None:

@@ -19,6 +19,8 @@ static int64_t set_level(int64_t level) {
   return static_cast<int64_t>(simd_level());
 }
 
+static double fma_peak() { return cpu::fma_peak_gflops(torch_threads("fma_peak_gflops")); }
+
 #ifdef VQK_WITH_CUDA
 // The stable way to a cudaStream_t needs torch 2.13; this function exists since 2.10, but only in a
 // torch built with CUDA, so it is looked up when a CUDA tensor arrives instead of being linked.
@@ -36,4 +38,5 @@ void* cuda_stream(const char* op, const Tensor& t) {
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {
   m.impl("simd_level", TORCH_BOX(&vqk::bind::set_level));
+  m.impl("fma_peak_gflops", TORCH_BOX(&vqk::bind::fma_peak));
 }

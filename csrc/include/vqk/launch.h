@@ -19,6 +19,9 @@ void residual_quantize_backward(const ResidualQuantizeBackwardParams&, const Par
 void rotation_trick_backward(const RotationTrickBackwardParams&, const Parallel&);
 void codebook_usage(const CodebookUsageParams&, const Parallel&);
 void codeword_sums(const CodewordSumsParams&, const Parallel&);
+
+// Measures the fp32 multiply-add peak of parallel.threads cores at the SIMD level in use, in GFLOP/s.
+double fma_peak_gflops(const Parallel&);
 }  // namespace cpu
 
 namespace cuda {

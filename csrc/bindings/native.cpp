@@ -84,7 +84,7 @@ int64_t* longs(py::array& a) { return static_cast<int64_t*>(a.mutable_data()); }
 
 void check_range(const char* op, int64_t bad, int64_t K) {
   if (bad >= 0)
-    throw py::index_error(std::string(op) + ": index " + std::to_string(bad) + " is out of range for codebook_size " +
+    throw py::value_error(std::string(op) + ": index " + std::to_string(bad) + " is out of range for codebook_size " +
                           std::to_string(K) + "; allowed: -1 (skipped) .. " + std::to_string(K - 1));
 }
 

@@ -11,6 +11,9 @@
 #include <string>
 #include <tuple>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -88,8 +91,19 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
   if (t.dim() != dim) fail(op, name, " has shape ", shape(t), ", expected ", layout);
 }
 
+// A new tensor beside `like`. Large host memory arrives fresh from the system; in huge pages it costs 512
+// times fewer page faults, which otherwise take longer than a memory-bound kernel.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType scalar_type) {
-  return torch::stable::new_empty(like, sizes, scalar_type);
+  Tensor t = torch::stable::new_empty(like, sizes, scalar_type);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), bytes = t.numel() * t.element_size();
+  if (t.is_cpu() && bytes > 4 * kPage) {
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint: may be refused
+  }
+#endif
+  return t;
 }
 
 inline Estimator estimator(const char* op, int64_t value) {

@@ -1,14 +1,14 @@
 // codebook_usage: counts[s,k] = number of n with indices[s,n] == k.
 //
-//   in   indices int64 [S,N]; negative ones are skipped
-//   out  counts  int64 [S,K]; bad: the first index >= K, or -1
+//   in   indices int64 [S,N]; negative ones and those >= K are skipped
+//   out  counts  int64 [S,K]; `bad` is not written: the host would have to wait for the device to read it
 //
 //   block (x, s): a stripe of row s --> histograms in shared memory, one per few warps --> atomicAdd to counts[s,:]
 //   K too large for shared memory:  --> atomicAdd to counts[s,:] at once
 //
 // Work and bytes: one read of the indices, 8 S N bytes: memory bound. Expected limit: atomics on one bin when the
 // codebook has collapsed; several histograms a block spread them.
-// Determinism: integer sums, and the smallest position of a bad index: any order gives the same result.
+// Determinism: integer sums: any order gives the same result.
 // Compiled, not run: timings and tuning are open.
 #include "common.cuh"
 #include "vqk/launch.h"
@@ -19,13 +19,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSharedBytes = 48 << 10;  // what a kernel may use without asking
 
-__device__ inline void note_bad(int64_t* bad, int64_t position) {
-  atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(position));
-}
-
 // copies: histograms in shared memory; 0: count in global memory.
-__global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long long* counts, int64_t* bad, int64_t S,
-                             int64_t N, int64_t K, int copies) {
+__global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long long* counts, int64_t S, int64_t N,
+                             int64_t K, int copies) {
   extern __shared__ unsigned bins[];
   for (int64_t s = blockIdx.y; s < S; s += gridDim.y) {
     for (int64_t i = threadIdx.x; i < copies * K; i += kThreads) bins[i] = 0;
@@ -34,9 +30,8 @@ __global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long 
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; n < N; n += step) {
       const int64_t k = indices[s * N + n];
-      if (k < 0) continue;
-      if (k >= K) note_bad(bad, s * N + n);
-      else if (copies) atomicAdd(mine + k, 1u);
+      if (k < 0 || k >= K) continue;
+      if (copies) atomicAdd(mine + k, 1u);
       else atomicAdd(counts + s * K + k, 1ull);
     }
     __syncthreads();
@@ -49,17 +44,11 @@ __global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long 
   }
 }
 
-// bad: position of the first bad index, or -1 --> its value, or -1.
-__global__ void finish_bad_kernel(const int64_t* indices, int64_t* bad) {
-  if (*bad >= 0) *bad = indices[*bad];
-}
-
 }  // namespace
 
 const char* codebook_usage(const CodebookUsageParams& p, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   cudaMemsetAsync(p.counts, 0, p.S * p.K * sizeof(int64_t), stream);
-  cudaMemsetAsync(p.bad, 0xff, sizeof(int64_t), stream);  // -1, the largest unsigned position
   if (p.S == 0 || p.N == 0) return launch_error();
   const int64_t row = p.K * static_cast<int64_t>(sizeof(unsigned));
   const int64_t fit = kSharedBytes / row;
@@ -70,8 +59,7 @@ const char* codebook_usage(const CodebookUsageParams& p, void* stream_) {
   const dim3 grid(static_cast<unsigned>(blocks < limit ? blocks : limit),
                   static_cast<unsigned>(p.S < 65535 ? p.S : 65535));
   count_kernel<<<grid, kThreads, copies * row, stream>>>(p.indices, reinterpret_cast<unsigned long long*>(p.counts),
-                                                         p.bad, p.S, p.N, p.K, copies);
-  finish_bad_kernel<<<1, 1, 0, stream>>>(p.indices, p.bad);
+                                                         p.S, p.N, p.K, copies);
   return launch_error();
 }
 

@@ -1,0 +1,188 @@
+"""Tokenizers: the IDs, what is said of them, new items, saving and bad input."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vqkernels import kmeans
+from vqkernels.data import DataError
+from vqkernels.semantic_ids import (HierarchicalKMeansTokenizer, RandomTokenizer, ResidualKMeansTokenizer, add_digit,
+                                    collision_report, load_tokenizer)
+
+SMALL = [RandomTokenizer(3, 8, seed=1), ResidualKMeansTokenizer(3, 8, seed=1), HierarchicalKMeansTokenizer(2, 6, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def x():
+    """300 items around 20 centres, two of them equal, one feature dead as in real embedding models."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((20, 16))[generator.integers(20, size=300)] + 0.3 * generator.standard_normal((300, 16))
+    x[7] = x[5]
+    x[:, 3] *= 1e-33
+    return (x * 10.0 ** generator.integers(-2, 3, 16)).astype(np.float32)
+
+
+@pytest.fixture(params=SMALL, ids=lambda t: t.kind)
+def tokenizer(request, x):
+    return type(request.param)(**request.param._config()).fit(x, progress=False)
+
+
+def test_digit_counts_up_within_equal_codes_in_row_order():
+    codes = np.array([[1, 2], [0, 0], [1, 2], [2, 1], [1, 2], [0, 0]])
+    assert add_digit(codes)[:, -1].tolist() == [0, 0, 1, 0, 2, 1]
+    assert add_digit(codes)[:, :-1].tolist() == codes.tolist()
+    assert collision_report(codes) == {"unique_fraction": 0.5, "collision_rate": 5 / 6, "largest_group": 3}
+    assert add_digit(codes[:1]).tolist() == [[1, 2, 0]]
+
+
+def test_ids_are_unique_in_range_and_encode_gives_them_back(tokenizer, x):
+    ids = tokenizer.semantic_ids
+    assert ids.dtype == np.int64 and ids.shape == (300, tokenizer.levels + 1) and len(np.unique(ids, axis=0)) == 300
+    assert (ids >= 0).all() and (ids < tokenizer.codebook_sizes).all()
+    assert np.array_equal(tokenizer.encode(x), ids) and np.array_equal(tokenizer.codes(x), ids[:, :-1])
+    assert np.array_equal(tokenizer.encode(x[:9:-1]), ids[:9:-1])
+    row_by_row = np.concatenate([tokenizer.encode(x[i:i + 1]) for i in range(300) if i != 7])
+    assert np.array_equal(row_by_row, np.delete(ids, 7, 0))  # item 7 has the embedding of item 5
+    as_tensor = tokenizer.encode(torch.from_numpy(x))
+    assert isinstance(as_tensor, torch.Tensor) and np.array_equal(as_tensor.numpy(), ids)
+
+
+def test_new_items_get_the_next_free_digit(tokenizer, x):
+    new = x[:40] + np.float32(1e-7) * np.abs(x[:40])
+    new = np.concatenate([new, new[:3]])
+    ids = tokenizer.encode(new)
+    everything = np.concatenate([tokenizer.semantic_ids, ids])
+    assert len(np.unique(everything, axis=0)) == len(everything)
+    assert np.array_equal(everything, add_digit(everything[:, :-1]))
+    if tokenizer.kind != "random":
+        assert np.array_equal(ids[:40, :-1], tokenizer.semantic_ids[:40, :-1])  # so near that the codes are the same
+    assert np.array_equal(ids, tokenizer.encode(new))
+    mixed = tokenizer.encode(np.concatenate([new, x]))
+    assert np.array_equal(mixed[43:], tokenizer.semantic_ids) and np.array_equal(mixed[:43], ids)
+
+
+def test_report_says_what_the_ids_say(tokenizer, x):
+    report, codes = tokenizer.report(), tokenizer.semantic_ids[:, :-1]
+    unique, counts = np.unique(codes, axis=0, return_counts=True)
+    assert report["unique_fraction"] == len(unique) / 300 and report["largest_group"] == counts.max()
+    assert report["collision_rate"] == pytest.approx(counts[counts > 1].sum() / 300)
+    assert tokenizer.codebook_sizes == [*report["codebook_sizes"], counts.max()]
+    for level, size in enumerate(report["codebook_sizes"]):
+        share = np.bincount(codes[:, level], minlength=size) / 300
+        assert report["usage"][level] == pytest.approx((share > 0).mean())
+        entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+        assert report["entropy"][level] == pytest.approx(entropy, abs=1e-5)
+        assert report["perplexity"][level] == pytest.approx(np.exp(entropy), rel=1e-5)
+    assert report["train_seconds"] > 0
+    if tokenizer.kind == "random":
+        assert report["reconstruction_error"] is None
+    else:
+        assert 0 < report["reconstruction_error"] < 0.5
+        assert [record["step"] for record in tokenizer.history] == list(range(1, tokenizer.levels + 1))
+        losses = [record["loss"] for record in tokenizer.history]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] == pytest.approx(report["reconstruction_error"], rel=1e-4)  # the records are of the same thing
+    json.dumps(report)
+
+
+def test_seed_decides(tokenizer, x):
+    def codes(seed):
+        return type(tokenizer)(**tokenizer._config() | {"seed": seed}).fit(x).semantic_ids
+
+    assert np.array_equal(codes(1), tokenizer.semantic_ids) and not np.array_equal(codes(2), tokenizer.semantic_ids)
+
+
+def test_save_and_load(tokenizer, x, tmp_path):
+    folder = tokenizer.save(tmp_path / "a" / "b")
+    again = load_tokenizer(folder)
+    new = x + np.float32(0.01)
+    assert type(again) is type(tokenizer) and repr(again) == repr(tokenizer)
+    assert np.array_equal(again.encode(new), tokenizer.encode(new)) and np.array_equal(again.encode(x), tokenizer.semantic_ids)
+    assert again.report() == tokenizer.report() and again.history == tokenizer.history
+    with pytest.raises(DataError, match="holds a tokenizer already. Give another path, or overwrite=True"):
+        tokenizer.save(folder)
+    tokenizer.save(folder, overwrite=True)
+
+
+def test_residual_kmeans_is_kmeans_of_what_is_left(x):
+    tokenizer = ResidualKMeansTokenizer(2, 8, seed=3).fit(x)
+    deviation = x.std(0, dtype=np.float64)
+    deviation[3] = 1
+    z = torch.from_numpy(((x - x.mean(0, dtype=np.float64)) / deviation).astype(np.float32))
+    first = kmeans(z, 8, seed=3)
+    second = kmeans(z - first.centroids[first.indices], 8, seed=4)
+    agree = (tokenizer.codes(x) == torch.stack([first.indices, second.indices], 1).numpy()).mean()
+    assert agree > 0.99  # the last bit of the standardised values may differ
+
+
+def test_hierarchical_codes_depend_on_their_prefix(x):
+    tokenizer = HierarchicalKMeansTokenizer(2, 6, seed=0).fit(x)
+    z, codes = tokenizer._standardise(torch.from_numpy(x)).numpy(), tokenizer.codes(x)
+    for prefix in range(6):
+        rows = codes[:, 0] == prefix
+        table = tokenizer._centroids[1][tokenizer._starts[1][prefix]:tokenizer._starts[1][prefix + 1]].numpy()
+        nearest = ((z[rows, None] - table) ** 2).sum(-1).argmin(1)
+        assert np.array_equal(codes[rows, 1], nearest)
+
+
+@pytest.mark.parametrize("kind", SMALL[1:], ids=lambda t: t.kind)
+def test_fewer_different_items_than_codewords(kind, x):
+    few = np.concatenate([x[:5], x[:2]])
+    tokenizer = type(kind)(levels=2, codebook_size=256).fit(few)
+    report = tokenizer.report()
+    assert report["codebook_sizes"] == [5, 1] and report["usage"] == [1, 1] and report["reconstruction_error"] < 1e-10
+    assert report["largest_group"] == 2 and "256" in report["notes"][0]
+    assert np.array_equal(tokenizer.encode(few), tokenizer.semantic_ids)
+    one = type(kind)(levels=2, codebook_size=4).fit(x[:1])
+    assert one.semantic_ids.tolist() == [[0, 0, 0]] and one.codebook_sizes == [1, 1, 1]
+
+
+def test_random_codes_are_uniform_and_ignore_the_embedding():
+    tokenizer = RandomTokenizer(2, 4, seed=0).fit(np.zeros((4000, 3), np.float32))
+    counts = np.bincount(tokenizer.codes(np.zeros((4000, 3), np.float32)).ravel(), minlength=4)
+    assert (abs(counts - 2000) < 200).all()
+
+
+def test_bad_input(x, tmp_path):
+    with pytest.raises(ValueError, match="levels=0 is not a whole number from 1"):
+        ResidualKMeansTokenizer(levels=0)
+    with pytest.raises(ValueError, match="codebook_size=2.5"):
+        ResidualKMeansTokenizer(codebook_size=2.5)
+    tokenizer = ResidualKMeansTokenizer(2, 4)
+    for use in (lambda: tokenizer.encode(x), lambda: tokenizer.semantic_ids, tokenizer.report, lambda: tokenizer.save(tmp_path)):
+        with pytest.raises(RuntimeError, match="is not fitted. Call fit"):
+            use()
+    for bad, message in ((x[0], r"of shape \[16\]; floats of shape \[N, D\]"), (x.astype(int), "torch.int64 of shape"),
+                         (x[:0], "no rows"), (np.where(x == x[4, 4], np.nan, x), "row 4 holds NaN")):
+        with pytest.raises(DataError, match=message):
+            tokenizer.fit(bad)
+    tokenizer.fit(x)
+    with pytest.raises(DataError, match="15 features, but the tokenizer was fitted on 16"):
+        tokenizer.encode(x[:, :15])
+    assert tokenizer.encode(x[:0]).shape == (0, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file; a folder is needed"):
+        tokenizer.save(tmp_path / "file")
+
+
+def test_damaged_files(x, tmp_path):
+    folder = ResidualKMeansTokenizer(2, 4).fit(x).save(tmp_path / "t")
+    with pytest.raises(DataError, match="tokenizer.json and tokenizer.safetensors missing"):
+        load_tokenizer(tmp_path)
+    config, tensors = folder / "tokenizer.json", folder / "tokenizer.safetensors"
+    text, data = config.read_text(), tensors.read_bytes()
+    for content, message in (("{", "not a tokenizer's description"), ("[]", "not a tokenizer's description"),
+                             (text.replace('"format": 1', '"format": 9'), "format 9"),
+                             (text.replace("residual-kmeans", "magic"), "kind 'magic'; this version reads"),
+                             (text.replace('"levels": 2', '"levels": 3'), "do not describe a residual-kmeans"),
+                             (text.replace('"levels"', '"layers"'), "do not describe a residual-kmeans")):
+        config.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(folder)
+    config.write_text(text)
+    tensors.write_bytes(data[:-4])
+    with pytest.raises(DataError, match="damaged, or not the file that belongs to tokenizer.json"):
+        load_tokenizer(folder)
+    tensors.write_bytes(data)
+    load_tokenizer(folder)

@@ -91,7 +91,7 @@ def arch_flags(archs, supported):
         if number not in supported:
             if explicit:
                 known = ", ".join(f"{c[:-1]}.{c[-1]}" for c in sorted(supported, key=int))
-                raise SystemExit(f"vqkernels: VQK_ARCHS={archs!r}: this nvcc cannot compile for {arch}; it knows {known}")
+                raise SystemExit(f"vqkernels: VQK_ARCHS={archs!r}: this nvcc does not know {arch}; it knows {known}")
             continue
         target = number + match[3]
         flags.append(f"-gencode=arch=compute_{target},code=sm_{target}")
@@ -127,7 +127,8 @@ def make_plan(env):
     if nvcc:
         known = {code.removeprefix("sm_") for code in run_output(nvcc, "--list-gpu-code").split()}
         tools["nvcc"], (tools["gencode"], info["cuda_archs"]) = nvcc, arch_flags(env.get("VQK_ARCHS"), known)
-        info |= {"cuda": True, "nvcc": run_output(nvcc, "--version").split("\n")[-2], "nvcc_flags": " ".join(NVCC_FLAGS)}
+        info |= {"cuda": True, "nvcc": run_output(nvcc, "--version").split("\n")[-2]}
+        info["nvcc_flags"] = " ".join(NVCC_FLAGS)
     return info, tools
 
 
@@ -142,7 +143,7 @@ def summary(info):
 def package_folder(name, why):
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise SystemExit(f"vqkernels: {name} is needed to build {why}; pip install {name}, or drop --no-build-isolation")
+        raise SystemExit(f"vqkernels: building {why} needs {name}; pip install {name}, or drop --no-build-isolation")
     return Path(spec.origin).parent
 
 
@@ -234,7 +235,7 @@ class BuildExt(build_ext):
 
 
 def write_info(version):
-    INFO.write_text(json.dumps({"version": version, **PLAN}, indent=2) + "\n")
+    INFO.write_text(json.dumps({"version": version, "summary": summary(PLAN), **PLAN}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The search kernels on NumPy arrays, for serving and offline encoding: imports no PyTorch.
 
-The same names, rules and results as in :mod:`vqkernels`, bit for bit; float32, float64 and float16. Dimensions, always in
-this order: H heads, N vectors, K codewords, D features, Q levels. ``threads`` defaults to ``VQK_NUM_THREADS``, else to the
-cores this process may use; results do not depend on it.
+The same names, rules and results as in :mod:`vqkernels`, bit for bit; float32, float64 and float16. Dimensions, always
+in this order: H heads, N vectors, K codewords, D features, Q levels. ``threads`` defaults to ``VQK_NUM_THREADS``, else
+to the cores this process may use; results do not depend on it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def _import_native():
     except ImportError as error:
         reason = build_info().get("cpu_reason") or str(error)
         raise ImportError(
-            f"vqkernels.numpy needs the compiled kernels, and they are not here: {reason}. "
-            "Then run: pip install --no-build-isolation -e . (or use the torch functions of vqkernels, which run without them)"
+            f"vqkernels.numpy needs the compiled kernels, which were not built or do not load: {reason}. "
+            "Mend that and install again: pip install --no-build-isolation -e . "
+            "The functions of vqkernels itself run without them, on PyTorch."
         ) from error
     return _native
 
@@ -66,8 +67,8 @@ class ResidualQuantized(NamedTuple):
 
 
 class CodebookUsage(NamedTuple):
-    """``counts`` int64 [K]; ``used`` fraction of codewords with a count; ``entropy`` in nats; ``perplexity`` = exp(entropy);
-    ``dead`` bool [K]."""
+    """``counts`` int64 [K]; ``used`` fraction of codewords with a count; ``entropy`` in nats; ``perplexity`` =
+    exp(entropy); ``dead`` bool [K]."""
 
     counts: np.ndarray
     used: float
@@ -101,7 +102,7 @@ def _threads(op: str, threads: int | None) -> int:
 def _floating(op: str, argument: str, value) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.name not in _DTYPES:
-        raise TypeError(f"{op}: {argument} has dtype {array.dtype}; allowed: {', '.join(_DTYPES)}; convert with .astype()")
+        raise TypeError(f"{op}: {argument} has dtype {array.dtype}; allowed: {', '.join(_DTYPES)}; use .astype()")
     return array
 
 
@@ -139,7 +140,8 @@ def _mask(op: str, mask, z: np.ndarray, heads: int) -> np.ndarray | None:
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape != z.shape[:-1]:
         raise ValueError(
-            f"{op}: mask is {mask.dtype} {mask.shape}; expected bool {z.shape[:-1]} (z without its last dimension; True takes part)"
+            f"{op}: mask is {mask.dtype} {mask.shape}; expected bool {z.shape[:-1]} "
+            "(z without its last dimension; True takes part)"
         )
     return np.ascontiguousarray(mask).reshape(heads, mask.size // heads)
 
@@ -163,8 +165,8 @@ def nearest_codeword(
         threads: at most this many.
 
     Returns:
-        ``indices`` int64 ``[...]``, ``distances`` ``[...]``: squared distance, 1 - similarity or -dot. Rows with a non-finite value
-        get -1 and NaN, masked rows -1 and 0.
+        ``indices`` int64 ``[...]``, ``distances`` ``[...]``: squared distance, 1 - similarity or -dot. Rows with a
+        non-finite value get -1 and NaN, masked rows -1 and 0.
 
     Raises:
         TypeError: a dtype; ValueError: a shape, name or number.
@@ -210,8 +212,9 @@ def residual_quantize(
     heads = len(books[0])
     if any(np.ndim(c) != np.ndim(codebooks[0]) for c in codebooks):
         raise ValueError(f"{op}: codebooks mix [K, D] and [H, K, D]: {[np.shape(c) for c in codebooks]}")
+    metric_id = _choice(op, "metric", metric, _METRICS)
     indices, quantized, losses = _native.residual_quantize(
-        _rows(z, heads), books, _mask(op, mask, z, heads), _choice(op, "metric", metric, _METRICS), _threads(op, threads)
+        _rows(z, heads), books, _mask(op, mask, z, heads), metric_id, _threads(op, threads)
     )
     return ResidualQuantized(quantized.reshape(z.shape), indices.reshape(*z.shape[:-1], len(books)), losses)
 
@@ -257,7 +260,9 @@ def codeword_sums(
     z, flat = _floating(op, "z", z), _indices(op, indices)
     size, threads = _positive(op, "codebook_size", codebook_size), _threads(op, threads)
     if z.ndim not in (2, 3) or flat.shape != z.shape[:-1] or z.shape[-1] == 0:
-        raise ValueError(f"{op}: z is {z.shape} and indices {flat.shape}; expected [N, D] with [N], or [H, N, D] with [H, N]")
+        raise ValueError(
+            f"{op}: z is {z.shape} and indices {flat.shape}; expected [N, D] with [N], or [H, N, D] with [H, N]"
+        )
     heads = np.ascontiguousarray(z if z.ndim == 3 else z[None])
     sums, counts = _native.codeword_sums(heads, flat.reshape(heads.shape[:2]), size, threads)
     return (sums, counts) if z.ndim == 3 else (sums[0], counts[0])

@@ -1,4 +1,4 @@
-"""A module that can stand in for ``vector_quantize_pytorch``: ``import vqkernels.compat as vector_quantize_pytorch``."""
+"""Stands in for ``vector_quantize_pytorch``: ``import vqkernels.compat as vector_quantize_pytorch``."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Codebook(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.num_codebooks}, codewords={self.codebook_size}, dim={self.dim}"
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state
 
     def _apply(self, fn, recurse=True):
         def keep_precision(t: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ class Codebook(nn.Module):
         self.needs_init = not bool(self.initted)
 
     def codewords(self, dtype: torch.dtype, snapshot: bool) -> Tensor:
-        """``[H, K, D]`` in the precision of the computation. ``snapshot``: a copy, because the EMA step of this very forward
-        rewrites ``embed`` before backward reads it."""
+        """``[H, K, D]`` in the precision of the computation. ``snapshot``: a copy, because the EMA step of this very
+        forward rewrites ``embed`` before backward reads it."""
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         embed = embed.to(dtype)
         return embed.clone() if snapshot else embed
 
-    # k-means start ----------------------------------------------------------------------------------------------------
+    # k-means start
 
     @torch.no_grad()
     def init_(self, z: Tensor, mask: Tensor | None) -> None:
@@ -98,12 +98,12 @@ class Codebook(nn.Module):
             self.needs_init = False
             return
         usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
-        heads = [rows[ok] for rows, ok in zip(z.detach(), usable)]
+        heads = [rows[ok] for rows, ok in zip(z.detach(), usable, strict=True)]
         if self._world() > 1 and self.sync_kmeans:
             heads = [_gather_rows(rows) for rows in heads]
         if any(len(rows) == 0 for rows in heads):
             return
-        seeds, sizes = zip(*(self._seed(rows) for rows in heads))
+        seeds, sizes = zip(*(self._seed(rows) for rows in heads), strict=True)
         embed, size = torch.stack(seeds), torch.stack(sizes)
         if self.use_cosine_sim:
             embed = normalize(embed)
@@ -129,7 +129,7 @@ class Codebook(nn.Module):
         spread = 1e-2 * rows.square().mean().sqrt().clamp(min=1e-3)
         return torch.cat([rows, extra + spread * torch.randn_like(extra)]), rows.new_ones(K)
 
-    # training by exponential moving average ----------------------------------------------------------------------------
+    # training by exponential moving average
 
     @torch.no_grad()
     def update(
@@ -141,8 +141,10 @@ class Codebook(nn.Module):
         accumulate: bool = False,
         ema_update: bool | None = None,
     ) -> None:
-        """One EMA step from z ``[H, N, D]`` and its indices ``[H, N]``; rows with index -1 (masked, non-finite) take no part, and
-        a batch without a usable row changes nothing. No host sync."""
+        """One EMA step from z ``[H, N, D]`` and its indices ``[H, N]``. No host sync.
+
+        Rows with index -1 (masked, non-finite) take no part; a batch without a usable row changes nothing.
+        """
         ema_update = self.ema_update if ema_update is None else ema_update
         if not ema_update and not self.threshold_ema_dead_code:
             return
@@ -211,10 +213,10 @@ class Codebook(nn.Module):
         size = self.cluster_size
         size.scatter_(1, code, torch.where(replace, reset, size.gather(1, code)))
 
-    # many processes ---------------------------------------------------------------------------------------------------
+    # many processes
 
     def _world(self) -> int:
-        """Processes that share this codebook, decided at run time: the process group may start after the layer is built."""
+        """Processes that share this codebook, decided at run time: their group may start after the layer is built."""
         if self.sync_codebook is False or not dist.is_available() or not dist.is_initialized():
             return 1
         return dist.get_world_size()
@@ -244,4 +246,4 @@ def _gather_rows(rows: Tensor) -> Tensor:
     padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes)])
+    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes, strict=True)])

@@ -25,10 +25,10 @@ UNSUPPORTED = {
 
 
 class ResidualVQ(nn.Module):
-    """Quantizes vectors, then what is left of them, level after level; all levels in one pass where the options allow it.
+    """Quantizes vectors, then what is left of them, level after level; in one pass where the options allow it.
 
-    Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualVQ``; docs/migrating.md
-    lists what differs on purpose. The gradient is the sum of the levels' own, as there.
+    Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualVQ``;
+    docs/migrating.md lists what differs on purpose. The gradient is the sum of the levels' own, as there.
 
     Args:
         dim: features of the input.
@@ -36,8 +36,8 @@ class ResidualVQ(nn.Module):
         codebook_size: codewords of every level, or one number per level.
         codebook_dim: features of a codeword; another value than ``dim`` adds ``project_in`` and ``project_out``.
         shared_codebook: one codebook for all levels, updated once per forward.
-        quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training, use only the first levels, their
-            number drawn per batch; the others get index -1 and loss 0.
+        quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training, use only the first
+            levels, their number drawn per batch; the others get index -1 and loss 0.
         quant_grad_frac: share of the gradient of a level's codeword that reaches the levels before it.
         channel_last, accept_image_fmap, accept_3d_fmap: layout of the input.
         vq_kwargs: the other options of :class:`VectorQuantize`, for every level.
@@ -79,15 +79,21 @@ class ResidualVQ(nn.Module):
         elif num_quantizers is not None:
             sizes = (codebook_size,) * num_quantizers
         else:
-            raise ValueError("ResidualVQ: num_quantizers is missing; give it, or give codebook_size as a tuple with one number per level")
+            raise ValueError(
+                "ResidualVQ: num_quantizers is missing; give it, or a tuple codebook_size with one number per level"
+            )
         if not sizes or num_quantizers not in (None, len(sizes)):
-            raise ValueError(f"ResidualVQ: codebook_size={codebook_size!r} names {len(sizes)} levels, num_quantizers={num_quantizers}")
+            raise ValueError(
+                f"ResidualVQ: codebook_size={codebook_size!r} names {len(sizes)} levels, "
+                f"num_quantizers={num_quantizers}"
+            )
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"ResidualVQ: shared_codebook=True needs one codebook size, got {sizes}")
         if not 0 <= quantize_dropout_cutoff_index < len(sizes) or quantize_dropout_multiple_of < 1:
             raise ValueError(
-                f"ResidualVQ: quantize_dropout_cutoff_index={quantize_dropout_cutoff_index}, quantize_dropout_multiple_of="
-                f"{quantize_dropout_multiple_of}; expected 0 <= cutoff < {len(sizes)} and a multiple >= 1"
+                f"ResidualVQ: quantize_dropout_cutoff_index={quantize_dropout_cutoff_index}, "
+                f"quantize_dropout_multiple_of={quantize_dropout_multiple_of}; "
+                f"expected 0 <= cutoff < {len(sizes)} and a multiple >= 1"
             )
         self.dim, self.codebook_sizes, self.num_quantizers = dim, sizes, len(sizes)
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
@@ -105,7 +111,9 @@ class ResidualVQ(nn.Module):
         self.project_out = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
         if shared_codebook:
             vq_kwargs |= {"manual_ema_update": True}
-        self.layers = nn.ModuleList(VectorQuantize(dim=self.codebook_dim, codebook_size=size, **vq_kwargs) for size in sizes)
+        self.layers = nn.ModuleList(
+            VectorQuantize(dim=self.codebook_dim, codebook_size=size, **vq_kwargs) for size in sizes
+        )
         if any(layer.has_projections for layer in self.layers):
             raise ValueError("ResidualVQ: codebook_dim belongs to ResidualVQ itself, its levels have no projection")
         if shared_codebook:
@@ -114,7 +122,7 @@ class ResidualVQ(nn.Module):
             for layer in self.layers[1:]:
                 layer._codebook = shared
 
-    # codebooks --------------------------------------------------------------------------------------------------------
+    # codebooks
 
     @property
     def codebook_size(self) -> int:
@@ -132,19 +140,23 @@ class ResidualVQ(nn.Module):
         return tuple(layer.usage for layer in self.layers)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Indices ``[..., q]`` of the first q levels -> codewords ``[Q, ..., D]``; index -1 and missing levels give zeros."""
+        """Indices ``[..., q]`` of the first q levels -> codewords ``[Q, ..., D]``; zeros for -1 and missing levels."""
         missing = self.num_quantizers - indices.shape[-1]
         if missing < 0:
-            raise ValueError(f"ResidualVQ: indices is {tuple(indices.shape)}; the last dimension may hold at most {self.num_quantizers} levels")
+            raise ValueError(
+                f"ResidualVQ: indices is {tuple(indices.shape)}; its last dimension holds levels, at most "
+                f"{self.num_quantizers}"
+            )
         indices = F.pad(indices, (0, missing), value=-1)
-        return torch.stack([lookup(layer._codebook.embed[0], index) for layer, index in zip(self.layers, indices.unbind(-1))])
+        levels = zip(self.layers, indices.unbind(-1), strict=True)
+        return torch.stack([lookup(layer._codebook.embed[0], index) for layer, index in levels])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returned for these indices, in the layout of the input; tokens with only -1 are 0."""
         output = self.project_out(self.get_codes_from_indices(indices).sum(0))
         return self.layout.from_tokens(output.masked_fill((indices < 0).all(-1, keepdim=True), 0.0))
 
-    # forward ----------------------------------------------------------------------------------------------------------
+    # forward
 
     def forward(
         self,
@@ -186,7 +198,9 @@ class ResidualVQ(nn.Module):
         if indices is not None:
             targets = torch.stack(indices, -1) if isinstance(indices, list) else indices
             if targets.shape != (*lead, self.num_quantizers):
-                raise ValueError(f"ResidualVQ.forward: indices is {tuple(targets.shape)}; expected {(*lead, self.num_quantizers)}")
+                raise ValueError(
+                    f"ResidualVQ.forward: indices is {tuple(targets.shape)}; expected {(*lead, self.num_quantizers)}"
+                )
             quantized, entropy = self._cross_entropy(z, targets.flatten(0, -2), flat_mask, frozen)
             return self._output(quantized, tokens, mask), entropy
 
@@ -199,7 +213,7 @@ class ResidualVQ(nn.Module):
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        quantized = self.project_out(quantized.reshape(*tokens.shape[:-1], -1).to(tokens.dtype))
+        quantized = self.project_out(quantized.reshape(*tokens.shape[:-1], self.codebook_dim).to(tokens.dtype))
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding.to(quantized.dtype))
@@ -218,7 +232,7 @@ class ResidualVQ(nn.Module):
     def _one_pass(self, z: Tensor) -> bool:
         """Whether the fused kernel computes what the levels would, one after the other."""
         first = self.layers[0]
-        # the cosine codebook compares normalized residuals, subtracts from them as they are, and takes its loss on the former
+        # the cosine codebook compares normalized residuals, has its loss there too, but subtracts from the plain ones
         plain = not first.use_cosine_sim and first.heads == 1 and not self.quant_grad_frac
         to_input = not first.learnable_codebook or (self.training and z.requires_grad)
         return plain and to_input and not any(layer._codebook.needs_init for layer in self.layers)
@@ -226,13 +240,19 @@ class ResidualVQ(nn.Module):
     def _all_levels(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
         """-> quantized ``[N, D]``, indices ``[N, levels]``, losses ``[levels]``."""
         first, layers = self.layers[0], self.layers[:levels]
-        updating = self.training and not frozen
+        updating, by_loss = self.training and not frozen, first.trains_by_loss(frozen)
         if self.shared_codebook:
             books = [first._codebook.codewords(z.dtype, snapshot=updating)[0]] * levels
         else:
             books = [layer._codebook.codewords(z.dtype, snapshot=updating)[0] for layer in layers]
         out = residual_quantize(
-            z if self.training else z.detach(), books, first.estimator, 1.0, "l2", mask, per_level=True
+            z if self.training else z.detach(),
+            books if by_loss else [book.detach() for book in books],
+            first.estimator,
+            1.0,
+            "l2",
+            mask,
+            per_level=True,
         )
         inputs, residual = [], z.detach()
         for level, layer in enumerate(layers):
@@ -248,7 +268,7 @@ class ResidualVQ(nn.Module):
         if not self.training:
             return out.quantized, out.indices, out.commitment_loss.new_zeros(levels)
         commitment = out.commitment_loss
-        if first.learnable_codebook and not frozen:
+        if by_loss:
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
         return out.quantized, out.indices, _trainable(commitment * max(first.commitment_weight, 0.0))
 
@@ -269,7 +289,7 @@ class ResidualVQ(nn.Module):
 
     def _cross_entropy(self, z: Tensor, targets: Tensor, mask: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor]:
         residual, quantized, total = z, 0.0, 0.0
-        for layer, target in zip(self.layers, targets.unbind(-1)):
+        for layer, target in zip(self.layers, targets.unbind(-1), strict=True):
             code, entropy = layer(residual, indices=target, mask=mask, freeze_codebook=frozen)
             quantized, total = quantized + code, total + entropy
             residual = residual - self._passed_back(code)
@@ -280,7 +300,7 @@ class ResidualVQ(nn.Module):
         return share * code + (1.0 - share) * code.detach() if share > 0.0 else code.detach()
 
     def _update_shared(self, inputs: list[Tensor], indices: Tensor) -> None:
-        """The end of an EMA step for a codebook that all levels share: inputs ``[N, D]`` of every level, indices ``[N, levels]``."""
+        """Ends the EMA step of a shared codebook: every level's input ``[N, D]`` and indices ``[N, levels]``."""
         codebook = self.layers[0]._codebook
         if codebook.ema_update:
             codebook.update_ema()
@@ -289,7 +309,7 @@ class ResidualVQ(nn.Module):
 
 
 def _common_seed(device: torch.device) -> int:
-    """A draw from torch's generator, the same on every process; only many processes need the host to wait for the device."""
+    """A draw from torch's generator, the same on every process; only several make the host wait for the device."""
     seed = torch.randint(0, 10_000, ())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         seed = seed.to(device)

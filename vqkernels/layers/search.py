@@ -27,14 +27,14 @@ def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | N
             candidates = score.topk(pool, -1).indices.sort(-1).values
             codes, vector = codebook[candidates].double(), part.unsqueeze(-2).double()
             exact = (codes - vector).square().sum(-1) if metric == "l2" else -(codes * vector).sum(-1)
-            found.append(candidates.gather(-1, exact.sort(-1, stable=True).indices[:, :k]))
+            found.append(candidates.gather(-1, exact.sort(dim=-1, stable=True).indices[:, :k]))
     usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
     index = torch.cat(found) if found else torch.empty(0, k, dtype=torch.int64, device=z.device)
     return torch.where(usable.unsqueeze(-1), index, -1)
 
 
 def similarities(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """z ``[H, N, D]``, codebook ``[H, K, D]`` -> ``[H, N, K]``: the dot product, or minus the Euclidean distance. Differentiable."""
+    """z ``[H, N, D]``, codebook ``[H, K, D]`` -> ``[H, N, K]``: dot product or minus distance. Differentiable."""
     with torch.autocast(z.device.type, enabled=False):
         dot = z @ codebook.mT
         if metric == "dot":

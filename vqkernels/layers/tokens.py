@@ -44,15 +44,21 @@ class Layout:
         return tokens if self.spatial is None else tokens.movedim(-1, 1)
 
     def mask(self, lead: torch.Size, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
-        """The bool mask ``lead``, True where a token takes part, from either ``mask`` or ``lens`` (tokens per sample)."""
+        """The bool mask ``lead``, True where a token takes part, from ``mask`` or ``lens`` (tokens per sample)."""
         if mask is not None and lens is not None:
             raise ValueError(f"{self.owner}: mask and lens were both given; give one of them")
         if lens is not None:
             if len(lead) != 2 or lens.shape != lead[:1]:
-                raise ValueError(f"{self.owner}: lens is {tuple(lens.shape)}; expected one length per sample of [batch, N] = {tuple(lead)}")
+                raise ValueError(
+                    f"{self.owner}: lens is {tuple(lens.shape)}; expected one length per sample of [batch, N] = "
+                    f"{tuple(lead)}"
+                )
             return torch.arange(lead[1], device=lens.device) < lens.unsqueeze(-1)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != lead):
-            raise ValueError(f"{self.owner}: mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(lead)}, True takes part")
+            raise ValueError(
+                f"{self.owner}: mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(lead)}, "
+                "True takes part"
+            )
         return mask
 
 

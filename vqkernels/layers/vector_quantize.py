@@ -51,14 +51,15 @@ class LossBreakdown(NamedTuple):
 class VectorQuantize(nn.Module):
     """Quantizes vectors to the nearest of K codewords, and trains the codewords by EMA or by gradient.
 
-    Constructor names, order and defaults, the arguments and results of ``forward`` and the keys of ``state_dict`` are those of
-    ``vector_quantize_pytorch.VectorQuantize``; docs/migrating.md lists what differs on purpose. An option that this version
-    does not have raises ValueError when set.
+    Constructor names, order and defaults, the arguments and results of ``forward`` and the keys of ``state_dict`` are
+    those of ``vector_quantize_pytorch.VectorQuantize``; docs/migrating.md lists what differs on purpose. An option that
+    this version does not have raises ValueError when set.
 
     Args:
         dim: features of the input.
         codebook_size: codewords K.
-        codebook_dim: features of a codeword; another value than ``dim`` adds the linear layers ``project_in``, ``project_out``.
+        codebook_dim: features of a codeword; where ``codebook_dim * heads`` is not ``dim``, the linear layers
+            ``project_in`` and ``project_out`` are added.
         heads, separate_codebook_per_head: split the features into heads, quantized apart with one or several codebooks.
         decay, eps: of the exponential moving average that trains the codewords.
         freeze_codebook: no EMA step (also an argument of ``forward``).
@@ -133,9 +134,13 @@ class VectorQuantize(nn.Module):
         learnable = bool(learnable_codebook)
         ema_update = not learnable if ema_update is None else ema_update
         if learnable and ema_update:
-            raise ValueError("VectorQuantize: learnable_codebook=True and ema_update=True train one codebook twice; choose one")
+            raise ValueError(
+                "VectorQuantize: learnable_codebook=True and ema_update=True train one codebook twice; choose one"
+            )
         if learnable and use_cosine_sim:
-            raise ValueError("VectorQuantize: learnable_codebook=True is not supported with use_cosine_sim=True; use EMA")
+            raise ValueError(
+                "VectorQuantize: learnable_codebook=True is not supported with use_cosine_sim=True; use EMA"
+            )
         if threshold_ema_dead_code < 0 or not 0.0 <= decay <= 1.0:
             raise ValueError(
                 f"VectorQuantize: decay={decay!r}, threshold_ema_dead_code={threshold_ema_dead_code!r}; "
@@ -182,7 +187,7 @@ class VectorQuantize(nn.Module):
     def __getstate__(self):
         return self.__dict__ | {"_last_indices": None}
 
-    # codebook ---------------------------------------------------------------------------------------------------------
+    # codebook
 
     @property
     def ema_update(self) -> bool:
@@ -208,7 +213,9 @@ class VectorQuantize(nn.Module):
             RuntimeError: there was no forward yet.
         """
         if self._last_indices is None:
-            raise RuntimeError("VectorQuantize.usage describes the last forward, and there was none yet; call the layer first")
+            raise RuntimeError(
+                "VectorQuantize.usage describes the last forward, and there was none yet; call the layer first"
+            )
         if self.separate_codebook_per_head:
             return codebook_usage(self._last_indices, self.codebook_size, dim=0)
         return codebook_usage(self._last_indices, self.codebook_size)
@@ -218,7 +225,7 @@ class VectorQuantize(nn.Module):
         return self.layout.from_tokens(self._codes(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """As :meth:`get_codes_from_indices`, through ``project_out``: what ``forward`` returned; tokens with index -1 are 0."""
+        """The same through ``project_out``: what ``forward`` returned; tokens with index -1 are 0."""
         empty = indices < 0 if self.heads == 1 else (indices < 0).all(-1)
         output = self.project_out(self._codes(indices)).masked_fill(empty.unsqueeze(-1), 0.0)
         return self.layout.from_tokens(output)
@@ -228,16 +235,19 @@ class VectorQuantize(nn.Module):
         if self.heads == 1:
             return lookup(embed[0], indices)
         if self.separate_codebook_per_head:
-            return torch.cat([lookup(book, index) for book, index in zip(embed, indices.unbind(-1))], -1)
+            return torch.cat([lookup(book, index) for book, index in zip(embed, indices.unbind(-1), strict=True)], -1)
         return lookup(embed[0], indices).flatten(-2)
 
-    # tokens [..., heads D] <-> vectors per codebook [H, N, D] ----------------------------------------------------------
+    # tokens [..., heads D] <-> vectors per codebook [H, N, D]
 
     def _split(self, tokens: Tensor) -> Tensor:
         """Per-codebook vectors, float32 or float64, on the unit sphere for the cosine codebook."""
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-        z = self._per_codebook(tokens.unflatten(-1, (self.heads, -1)))
-        return normalize(z) if self.use_cosine_sim else z
+        z = self._per_codebook(tokens.unflatten(-1, (self.heads, self.codebook_dim)))
+        if not self.use_cosine_sim:
+            return z
+        finite = z.isfinite().all(-1, keepdim=True)  # kept away from the norm, whose gradient would turn 0 into NaN
+        return torch.where(finite, normalize(torch.where(finite, z, 0.0)), torch.nan)
 
     def _per_codebook(self, t: Tensor, features: int = 1) -> Tensor:
         """``[..., heads, *]`` -> ``[H, N, *]``; heads that share the codebook are more vectors of the same one."""
@@ -255,7 +265,7 @@ class VectorQuantize(nn.Module):
             return None
         return self._per_codebook(mask.unsqueeze(-1).expand(*mask.shape, self.heads), features=0)
 
-    # forward ----------------------------------------------------------------------------------------------------------
+    # forward
 
     def forward(
         self,
@@ -284,8 +294,9 @@ class VectorQuantize(nn.Module):
             ema_update: overrides the constructor's.
 
         Returns:
-            ``(quantized, indices, loss)``, with ``return_loss_breakdown`` also :class:`LossBreakdown`. Indices are int64 ``[...]``
-            (``[..., heads]``, ``[..., k]``), -1 for masked and non-finite tokens; the loss is a scalar (``[..., k]`` with topk), 0 in eval.
+            ``(quantized, indices, loss)``, with ``return_loss_breakdown`` also :class:`LossBreakdown`. Indices are int64
+            ``[...]`` (``[..., heads]``, ``[..., k]``), -1 for masked and non-finite tokens; the loss is a
+            (``[..., k]`` with topk), 0 in eval.
 
         Raises:
             ValueError: shapes that do not fit, arguments that exclude each other or are not supported yet.
@@ -299,7 +310,9 @@ class VectorQuantize(nn.Module):
         if topk is not None:
             if self.heads > 1 or indices is not None:
                 raise ValueError("VectorQuantize.forward: topk needs heads=1 and no indices")
-            return self._forward_topk(tokens, z, z_mask, mask, min(int(topk), self.codebook_size), return_loss_breakdown)
+            return self._forward_topk(
+                tokens, z, z_mask, mask, min(int(topk), self.codebook_size), return_loss_breakdown
+            )
 
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         updating = self.training and not frozen
@@ -320,24 +333,29 @@ class VectorQuantize(nn.Module):
         return (*result, self._breakdown(commitment)) if return_loss_breakdown else result
 
     def _quantize(self, z: Tensor, embed: Tensor, mask: Tensor | None, frozen: bool):
-        """-> quantized ``[H, N, D]``, indices ``[H, N]``, unweighted commitment, loss. In eval no gradient goes to z."""
+        """-> quantized ``[H, N, D]``, indices ``[H, N]``, unweighted commitment, loss. Eval gives z no gradient."""
         metric = "dot" if self.use_cosine_sim else "l2"
-        out = vector_quantize(z if self.training else z.detach(), embed, self.estimator, 1.0, metric, mask)
+        by_loss = self.trains_by_loss(frozen)
+        book = embed if by_loss else embed.detach()  # a frozen parameter gets no gradient at all, not a zero one
+        out = vector_quantize(z if self.training else z.detach(), book, self.estimator, 1.0, metric, mask)
         quantized, index = out.quantized, out.indices
         if self.learnable_codebook and not (self.training and z.requires_grad):
             # with no input to route the gradient to, it goes to the codewords, as from any embedding
-            chosen = torch.stack([lookup(book, i) for book, i in zip(embed, index)])
+            chosen = torch.stack([lookup(book, i) for book, i in zip(embed, index, strict=True)])
             quantized = torch.where((index < 0).unsqueeze(-1), quantized.detach(), chosen)
         if not self.training:
             zero = out.commitment_loss.new_zeros(())
             return quantized, index, zero, zero.clone()
         commitment = out.commitment_loss
-        if self.learnable_codebook and not frozen:
+        if by_loss:
             # one mean square, with its gradient to both sides
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
         if self.commitment_weight <= 0.0:
             commitment = torch.zeros_like(commitment)
         return quantized, index, commitment, _trainable(commitment * self.commitment_weight)
+
+    def trains_by_loss(self, frozen: bool) -> bool:
+        return self.learnable_codebook and self.training and not frozen and self.commitment_weight > 0.0
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``[..., heads D]`` -> the result: input dtype, projected, padding filled, in the input's layout."""
@@ -349,7 +367,9 @@ class VectorQuantize(nn.Module):
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding.to(quantized.dtype))
         return self.layout.from_tokens(quantized)
 
-    def _forward_topk(self, tokens: Tensor, z: Tensor, z_mask: Tensor | None, mask: Tensor | None, k: int, breakdown: bool):
+    def _forward_topk(
+        self, tokens: Tensor, z: Tensor, z_mask: Tensor | None, mask: Tensor | None, k: int, breakdown: bool
+    ):
         if k < 1:
             raise ValueError(f"VectorQuantize.forward: topk={k}; a positive integer is expected")
         lead = tokens.shape[:-1]
@@ -362,7 +382,7 @@ class VectorQuantize(nn.Module):
         if self.training and z.requires_grad:
             codes = rotation_trick(repeated, codes, self.estimator)
         codes = torch.where((z[0].isfinite().all(-1))[:, None, None], codes, torch.nan)
-        quantized = self._output(codes.reshape(*lead, k, -1), tokens, mask)
+        quantized = self._output(codes.reshape(*lead, k, self.codebook_dim), tokens, mask)
         loss = commitment * self.commitment_weight if self.commitment_weight > 0.0 else torch.zeros_like(commitment)
         result = quantized, index.reshape(*lead, k), loss
         return (*result, self._breakdown(commitment)) if breakdown else result
@@ -379,11 +399,11 @@ class VectorQuantize(nn.Module):
         zero = commitment.new_zeros(())
         return LossBreakdown(commitment, zero, zero, zero)
 
-    # codebook training by hand ----------------------------------------------------------------------------------------
+    # codebook training by hand
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """The EMA step of ``forward`` for inputs and indices that are already there (after ``topk`` or a beam search)."""
+        """The EMA step of ``forward`` for inputs whose indices are already there (after ``topk`` or a beam search)."""
         tokens = self.layout.to_tokens(x)
         mask = self.layout.mask(tokens.shape[:-1], mask, None)
         if mask is not None:
@@ -405,9 +425,13 @@ def _estimator(estimator: str | None, rotation_trick: bool | None, dim: int) -> 
         # a rotation of one feature is at most a change of sign
         return "rotation" if (dim > 1 if rotation_trick is None else rotation_trick) else "ste"
     if estimator not in ("rotation", "reflection", "ste"):
-        raise ValueError(f"VectorQuantize: estimator={estimator!r} is unknown; allowed: 'rotation', 'reflection', 'ste'")
+        raise ValueError(
+            f"VectorQuantize: estimator={estimator!r} is unknown; allowed: 'rotation', 'reflection', 'ste'"
+        )
     if rotation_trick is not None and rotation_trick != (estimator == "rotation"):
-        raise ValueError(f"VectorQuantize: estimator={estimator!r} and rotation_trick={rotation_trick} disagree; give one of them")
+        raise ValueError(
+            f"VectorQuantize: estimator={estimator!r} and rotation_trick={rotation_trick} disagree; give one of them"
+        )
     return estimator
 
 

@@ -294,9 +294,9 @@ class VectorQuantize(nn.Module):
             ema_update: overrides the constructor's.
 
         Returns:
-            ``(quantized, indices, loss)``, with ``return_loss_breakdown`` also :class:`LossBreakdown`. Indices are int64
-            ``[...]`` (``[..., heads]``, ``[..., k]``), -1 for masked and non-finite tokens; the loss is a
-            (``[..., k]`` with topk), 0 in eval.
+            ``(quantized, indices, loss)``, with ``return_loss_breakdown`` also :class:`LossBreakdown`. Indices are
+            int64 ``[...]`` (``[..., heads]``, ``[..., k]``), -1 for masked and non-finite tokens. The loss is a scalar,
+            0 in eval; with topk it is ``[..., k]``.
 
         Raises:
             ValueError: shapes that do not fit, arguments that exclude each other or are not supported yet.

@@ -7,11 +7,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-CXX ?= g++
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
-CPP_TEST := $(wildcard tests/cpp/*.cpp)
-CPP_FLAGS := -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -Icsrc/include -Icsrc/cpu -pthread
 
 .PHONY: demo test bench lint build cpp-test clean
 
@@ -40,13 +37,10 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	@$(BIN)/python -c "import json; print(json.load(open('vqkernels/_build_info.json'))['summary'])"
 	touch $@
 
-# The kernels without torch, under the address, undefined-behaviour and thread sanitizers.
+# The kernels without torch: against a naive oracle, then under the sanitizers.
 cpp-test:
-	mkdir -p build/cpp
-	$(CXX) $(CPP_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all $(CPP_TEST) csrc/cpu/*.cpp -o build/cpp/asan
-	build/cpp/asan
-	$(CXX) $(CPP_FLAGS) -fsanitize=thread $(CPP_TEST) csrc/cpu/*.cpp -o build/cpp/tsan
-	build/cpp/tsan
+	tests/cpp/run
+	tests/cpp/run sanitize
 
 clean:
 	rm -rf build dist *.egg-info vqkernels/*.so vqkernels/_build_info.json out

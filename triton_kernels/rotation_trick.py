@@ -1,4 +1,4 @@
-"""rotation_trick_backward: dz from z, q, grad; the formulas are in csrc/cpu/estimator.inc and docs/numerics.md.
+"""rotation_trick_backward: dz from z, q, grad; the formulas are in csrc/cpu/estimator_kernel.h and docs/numerics.md.
 
     program = ROWS rows;  z, q, g [ROWS, BLOCK] --five dots--> a, b, c --> dz = a g + b z + c q
 
@@ -23,9 +23,7 @@ def _load(pointer, at, inside):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _rotation_trick_backward_kernel(
-    z, q, grad, dz, N, D, SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rotation_trick_backward_kernel(z, q, grad, dz, N, D, SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     zz = tl.zeros([ROWS], dtype=tl.float64)
     qq = tl.zeros([ROWS], dtype=tl.float64)

@@ -4,7 +4,7 @@
 //   out  dz [H,N,D]; float, double, bf16 or f16
 //
 //   per row, in L1:  z, g from memory; c_l from the codebooks (L2)
-//     q = c_1 + ... + c_Q;  dz = a g + b z + c q   (estimator.inc)
+//     q = c_1 + ... + c_Q;  dz = a g + b z + c q   (estimator_kernel.h)
 //     r -= c_l;  dz += scale_l r                   for every level
 //   per_level: the estimator of every level goes from r_{l-1} to c_l instead, and the Jacobians add up.
 //
@@ -25,7 +25,7 @@
 
 namespace vqk::cpu {
 namespace {
-#include "residual_quantize_backward.inc"
+#include "residual_quantize_backward_kernel.h"
 }  // namespace
 
 void backward_rows_portable(const ResidualQuantizeBackwardParams& p, void* scratch, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// residual_quantize_backward.inc for AVX2.
+// residual_quantize_backward_kernel.h for AVX2.
 #if defined(__x86_64__)
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace vqk::cpu {
 namespace {
-#include "residual_quantize_backward.inc"
+#include "residual_quantize_backward_kernel.h"
 }  // namespace
 
 void backward_rows_avx2(const ResidualQuantizeBackwardParams& p, void* scratch, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// rotation_trick_backward: dz from z, q, grad; the formulas are in estimator.inc.
+// rotation_trick_backward: dz from z, q, grad; the formulas are in estimator_kernel.h.
 //
 //   in   z, q, grad [N,D]; out dz [N,D]; float, double, bf16 or f16
 //
@@ -30,7 +30,7 @@ namespace {
 #define STREAM4(p, v) *reinterpret_cast<v4f*>(p) = v
 #define STREAM_DONE() (void)0
 #endif
-#include "rotation_trick.inc"
+#include "rotation_trick_kernel.h"
 }  // namespace
 
 void rotation_rows_portable(const RotationTrickBackwardParams& p, bool stream, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// rotation_trick.inc for AVX2.
+// rotation_trick_kernel.h for AVX2.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,7 +13,7 @@ namespace vqk::cpu {
 namespace {
 #define STREAM4(p, v) _mm_stream_ps(p, v)
 #define STREAM_DONE() _mm_sfence()
-#include "rotation_trick.inc"
+#include "rotation_trick_kernel.h"
 }  // namespace
 
 void rotation_rows_avx2(const RotationTrickBackwardParams& p, bool stream, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// rotation_trick_backward: dz from z, q, grad; the formulas are those of csrc/cpu/estimator.inc.
+// rotation_trick_backward: dz from z, q, grad; the formulas are those of csrc/cpu/estimator_kernel.h.
 //
 //   in   z, q, grad [N,D]; out dz [N,D]; float, double, bf16 or f16
 //

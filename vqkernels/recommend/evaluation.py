@@ -1,0 +1,72 @@
+"""Leave-one-out evaluation with full ranking.
+
+The last item of a sequence is the test target and the one before it the validation target; the rest is training. Every
+method ranks the whole catalogue. Items of the user's history are never recommended, by any method: on data where users
+repeat items such a repeat is a miss for all of them alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+CUTOFFS = {"HR": (1, 5, 10), "NDCG": (5, 10)}
+METRICS = tuple(f"{name}@{k}" for name, cutoffs in CUTOFFS.items() for k in cutoffs)
+
+
+class Queries(NamedTuple):
+    """Histories to recommend for, the item that came next in each, and the number of the user's sequence."""
+
+    histories: list[np.ndarray]
+    targets: np.ndarray
+    users: np.ndarray
+
+
+class Split(NamedTuple):
+    train: list[np.ndarray]
+    validation: Queries
+    test: Queries
+
+
+def leave_one_out(sequences) -> Split:
+    """Splits each sequence (item ids, oldest first). Sequences shorter than 3 items are training only.
+
+    Raises:
+        ValueError: when no sequence has 3 items.
+    """
+    sequences = [np.asarray(s, dtype=np.int64) for s in sequences]
+    users = np.array([i for i, s in enumerate(sequences) if len(s) >= 3], dtype=np.int64)
+    if not len(users):
+        raise ValueError("no sequence has 3 items, so nothing is left to test on; leave-one-out needs at least one that has")
+
+    def queries(back: int) -> Queries:
+        return Queries([sequences[i][:-back] for i in users], np.array([sequences[i][-back] for i in users]), users)
+
+    return Split([s[:-2] if len(s) >= 3 else s for s in sequences], queries(2), queries(1))
+
+
+def metrics(items, targets) -> dict[str, float]:
+    """HR@1/5/10 and NDCG@5/10 of ranked lists.
+
+    Args:
+        items: item ids ``[B, k]``, best first, ``k >= 10``; 0 = no item.
+        targets: the item to find, ``[B]``.
+    """
+    items, targets = np.asarray(items), np.asarray(targets)
+    widest = max(max(c) for c in CUTOFFS.values())
+    if items.ndim != 2 or items.shape[1] < widest or targets.shape != items.shape[:1] or not len(items):
+        raise ValueError(
+            f"items {list(items.shape)} and targets {list(targets.shape)}; expected [B, k] with k >= {widest}, and [B], B > 0"
+        )
+    hits = items == targets[:, None]
+    rank = np.where(hits.any(1), hits.argmax(1), widest)  # 0 = best; a list holds an item at most once
+    gain = 1 / np.log2(rank + 2)
+    found = {"HR": lambda k: rank < k, "NDCG": lambda k: np.where(rank < k, gain, 0.0)}
+    return {f"{name}@{k}": float(found[name](k).mean()) for name, cutoffs in CUTOFFS.items() for k in cutoffs}
+
+
+def evaluate(recommender, queries: Queries, **options) -> dict[str, float]:
+    """:func:`metrics` of a recommender's top 10; it has ``recommend_batch(histories, k, **options)`` → (items, scores)."""
+    items, _ = recommender.recommend_batch(queries.histories, 10, **options)
+    return metrics(items, queries.targets)

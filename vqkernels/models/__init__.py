@@ -1,0 +1,4 @@
+"""Models on top of the quantizer layers; none of them knows how a kernel works."""
+from .rqvae import RQVAE, RQVAEOutput
+
+__all__ = ["RQVAE", "RQVAEOutput"]

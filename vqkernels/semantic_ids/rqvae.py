@@ -1,0 +1,104 @@
+"""Semantic IDs from a trained RQ-VAE."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.progress import progress_bar
+from ..models import RQVAE
+from ..ops import codebook_usage
+from .base import Tokenizer
+from .tokenizers import distinct
+
+SEED_ROWS = 1 << 16  # rows that seed the codebooks
+ENCODE_ROWS = 1 << 14  # rows encoded at a time
+
+
+class RQVAETokenizer(Tokenizer):
+    """Trains an ``RQVAE`` on the standardised embeddings with AdamW; the IDs are its residual codes.
+
+    ``estimator``: how gradients pass the quantizer: "rotation" (default), "reflection" or "ste". ``latent_dim``, ``hidden``, ``beta``:
+    as in ``RQVAE``. ``epochs``, ``lr``, ``batch_size``: of the training; the loss of each epoch, and the usage and perplexity of
+    its codes (one number a level), are in ``history``. Codebooks are seeded by k-means++ on the encoded items, and codewords that
+    a batch hardly uses move onto other items, so that they stay in use.
+    """
+
+    kind = "rqvae"
+
+    def __init__(self, levels: int = 3, codebook_size: int = 256, seed: int = 0, estimator: str = "rotation", latent_dim: int = 32,
+                 hidden: Sequence[int] = (256, 128), epochs: int = 80, lr: float = 1e-3, batch_size: int = 512, beta: float = 0.25):
+        super().__init__(levels, codebook_size, seed)
+        if estimator not in ("rotation", "reflection", "ste"):
+            raise ValueError(f"estimator={estimator!r} is unknown. Use 'rotation', 'reflection' or 'ste'")
+        for name, value in (("latent_dim", latent_dim), ("epochs", epochs), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a whole number from 1")
+        self.estimator, self.latent_dim, self.hidden = estimator, latent_dim, tuple(hidden)
+        self.epochs, self.lr, self.batch_size, self.beta = epochs, lr, batch_size, beta
+
+    def _fit(self, z: Tensor, progress) -> None:
+        k = distinct(z, self.codebook_size)
+        if k < self.codebook_size:
+            self.notes.append(f"{k} codewords a level instead of {self.codebook_size}, since only so many items are different")
+        with torch.random.fork_rng([z.device] if z.is_cuda else []):
+            torch.manual_seed(self.seed)
+            self._model = self._make(z.shape[1], k, len(z)).to(z.device)
+            self._train(z, progress)
+        self._model.eval()
+
+    def _make(self, dim: int, codebook_size: int, rows: int) -> RQVAE:
+        # a codeword is dead when it gets less than a quarter of its fair share of a batch, and less than one vector in two batches
+        share = min(rows, self.batch_size) / codebook_size
+        return RQVAE(dim, hidden=self.hidden, latent_dim=self.latent_dim, levels=self.levels, codebook_size=codebook_size,
+                     estimator=self.estimator, beta=self.beta, threshold_ema_dead_code=min(0.5, 0.25 * share))
+
+    def _train(self, z: Tensor, progress) -> None:
+        model = self._model
+        optimizer = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=1e-4)
+        with torch.no_grad():
+            model.quantizer(model.encoder(z[torch.randperm(len(z))[:SEED_ROWS].to(z.device)]))
+        with progress_bar(progress, f"RQ-VAE ({self.estimator})", self.epochs) as advance:
+            for epoch in range(1, self.epochs + 1):
+                indices, total = [], torch.zeros(3, device=z.device)
+                for rows in torch.randperm(len(z)).to(z.device).split(self.batch_size):
+                    out = model(z[rows])
+                    optimizer.zero_grad()
+                    out.loss.backward()
+                    optimizer.step()
+                    indices.append(out.indices)
+                    losses = torch.stack([out.loss, out.reconstruction_loss, out.commitment_loss]).detach()
+                    total += losses * (len(rows) / len(z))
+                loss, reconstruction, commitment = total.tolist()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss became {loss} in epoch {epoch} at lr={self.lr}. Use a smaller lr")
+                use = codebook_usage(torch.cat(indices), model.quantizer.codebook_size, dim=1)
+                self.history.append({"epoch": epoch, "step": epoch, "loss": loss, "reconstruction_loss": reconstruction,
+                                     "commitment_loss": commitment, "usage": use.used.tolist(),
+                                     "perplexity": use.perplexity.tolist()})
+                advance(description=f"RQ-VAE ({self.estimator}), reconstruction {reconstruction:.3f}")
+
+    def _codes(self, z: Tensor) -> Tensor:
+        model = self._model.to(z.device)
+        return torch.cat([model.encode(rows) for rows in z.split(ENCODE_ROWS)])
+
+    def _reconstruct(self, z: Tensor) -> Tensor:
+        return torch.cat([self._model.decode(codes) for codes in self._codes(z).split(ENCODE_ROWS)])
+
+    def _level_sizes(self) -> list[int]:
+        return [self._model.quantizer.codebook_size] * self.levels
+
+    def _state(self) -> dict[str, Tensor]:
+        return self._model.state_dict()
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        codebook_size = state["quantizer.layers.0._codebook.embed"].shape[-2]
+        self._model = self._make(len(self._mean), codebook_size, self.batch_size)
+        self._model.load_state_dict(state)
+        self._model.eval()
+
+    def _config(self) -> dict:
+        return super()._config() | {"estimator": self.estimator, "latent_dim": self.latent_dim, "hidden": list(self.hidden),
+                                    "epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size, "beta": self.beta}

@@ -16,7 +16,7 @@ BUILDS = {
     "cosine": lambda: VectorQuantize(DIM, K, use_cosine_sim=True),
     "residual": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3),
     "shared": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3, shared_codebook=True),
-    "k-means": lambda: VectorQuantize(DIM, K, kmeans_init=True, threshold_ema_dead_code=3),
+    "k-means": lambda: VectorQuantize(DIM, K, kmeans_init=True, threshold_ema_dead_code=3.3),
     "dropout": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=4, quantize_dropout=True),
     "not synced": lambda: VectorQuantize(DIM, K, sync_codebook=False),
 }
@@ -64,6 +64,8 @@ def test_two_processes_share_one_codebook(tmp_path):
             assert torch.equal(a, b), f"{name}: {key} differs between the processes"
             if name not in ("k-means", "dropout"):  # those two draw at random
                 torch.testing.assert_close(a, one[name][key], rtol=1e-5, atol=1e-6)
-    revived = first["k-means"]["_codebook.cluster_size"][0] == 3
+    # no whole number of rows brings the running count back to 3.3, so these were revived in the last step
+    revived = first["k-means"]["_codebook.cluster_size"][0] == torch.tensor(3.3)
+    assert revived.any()
     rows = batches()[-1]
     assert (first["k-means"]["_codebook.embed"][0, revived][:, None] == rows).all(-1).any(-1).all()

@@ -1,0 +1,137 @@
+"""vqkernels compare: semantic IDs by several methods, TIGER trained on each, baselines beside them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OWN = ("results.json", "report.html", "scores.png", "usage.png", "collisions.png", "training.png", "catalogue", "methods")
+
+
+def compare(
+    data: Annotated[Path, typer.Option(help="Data folder: sequences.txt[.gz], items.csv[.gz] and, if wanted, embeddings.npy.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html, pictures and models.")],
+    methods: Annotated[str, typer.Option(help="Comma separated; see docs for the names.")] = "random,rkmeans,rqvae-ste,rqvae-rotation",
+    levels: Annotated[int, typer.Option(min=1, help="Codes in a semantic ID.")] = 3,
+    codebook_size: Annotated[int, typer.Option(min=2, help="Codes to choose from at each level.")] = 256,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER over the training items.")] = 10,
+    beams: Annotated[int, typer.Option(min=10, help="Beams in the evaluation.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of codes, weights and batches.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the finished rows of the same run in --out.")] = False,
+) -> None:
+    """Compares semantic IDs on your data: one table, one report."""
+    from ..data import load_folder
+    from ..recommend.compare import Settings, check_methods
+
+    chosen = check_methods([name.strip() for name in methods.split(",") if name.strip()])
+    check_out(out, overwrite, resume)
+    settings = Settings(seed=seed, levels=levels, codebook_size=codebook_size, epochs=epochs, beams=beams)
+    run(load_folder(data), chosen, settings, out, overwrite=overwrite, resume=resume)
+
+
+def check_out(out: Path, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuses an output folder that holds something, unless told what to do with it."""
+    from ..data import DataError
+
+    if overwrite and resume:
+        raise DataError("--overwrite and --resume exclude each other; give one")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not resume:
+        raise DataError(
+            f"--out {out} exists and is not empty. Choose another folder, or add --overwrite to replace the run in it, "
+            "or --resume to go on with a run that was stopped"
+        )
+
+
+def embedded(catalogue, seed: int, console) -> str:
+    """Gives the catalogue embeddings if it has none. Returns in words where they are from."""
+    from ..data import embed_texts
+
+    if catalogue.embeddings is not None:
+        return f"the data folder's own embeddings, {catalogue.embeddings.shape[1]} features"
+    with console.status("Embedding the item texts"):
+        catalogue.embeddings, description = embed_texts(catalogue.item_texts, seed=seed, progress=False)
+    return description
+
+
+def run(catalogue, methods, settings, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict:
+    """The work of compare and demo, with progress, table and verdicts on the terminal. Returns the results."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from ..recommend.compare import METHODS, Comparison
+    from ..recommend.report import verdicts, write_report
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 150)
+    console.print(f"[bold]{catalogue}[/bold]")
+    embedding = embedded(catalogue, settings.seed, console)
+    console.print(f"Item texts embedded by: {embedding}")
+    if overwrite:
+        for name in OWN:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    comparison = Comparison(catalogue, out, settings, embedding=embedding, resume=resume)
+
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as progress:
+        whole = progress.add_task("All methods", total=len(methods), note="")
+        comparison.baselines()
+        for place, method in enumerate(methods):
+            if comparison.finished(method):
+                console.print(f"{METHODS[method]}: finished before, kept")
+                progress.update(whole, completed=place + 1)
+                continue
+            began, name = time.perf_counter(), METHODS[method]
+            task = progress.add_task(name, total=1.0, note="")
+
+            def heard(stage, share, note="", task=task, place=place):
+                weight, start = STAGES[stage]
+                done = start + weight * share
+                progress.update(task, completed=done, note=f"{stage} {note}")
+                progress.update(whole, completed=place + done)
+
+            row = comparison.run(method, progress=heard, tokens=False)
+            progress.update(task, visible=False)
+            progress.update(whole, completed=place + 1)
+            console.print(
+                f"{name}: HR@10 {row['HR@10']:.4f}, NDCG@10 {row['NDCG@10']:.4f}; semantic IDs {row['tokenizer']['train_seconds']:.1f} s, "
+                f"TIGER {row['train_seconds']:.0f} s, all {time.perf_counter() - began:.0f} s"
+            )
+    results = comparison.results
+    console.print(table(results))
+    for sentence in verdicts(out, results, comparison.split.test.targets):
+        console.print(sentence)
+    with console.status("Drawing"):
+        page = write_report(out)
+    console.print(f"\nWrote {page} and {out / 'results.json'}", soft_wrap=True)
+    return results
+
+
+STAGES = {"semantic IDs": (0.0, 0.0), "training": (0.85, 0.05), "evaluation": (0.08, 0.9), "free beams": (0.02, 0.98)}
+
+
+def table(results: dict):
+    """The comparison as a rich table."""
+    from rich.table import Table
+
+    from ..recommend.report import COLUMNS, HEADS, LABELS, cell
+
+    out = Table(title=f"{results['data']['name']}: leave one out, full ranking", title_justify="left")
+    out.add_column("semantic IDs", no_wrap=True)
+    for column in COLUMNS:
+        out.add_column(HEADS.get(column, column), justify="right")
+    before = None
+    for row in results["rows"]:
+        if before not in (None, row["kind"]):
+            out.add_section()
+        before = row["kind"]
+        out.add_row(LABELS[row["method"]], *(cell(c, row[c]) for c in COLUMNS))
+    return out

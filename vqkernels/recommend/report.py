@@ -1,0 +1,295 @@
+"""A finished comparison as words, pictures and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import numpy as np
+
+from ..data import Catalogue, load_folder
+from ..data.catalogue import write_atomic
+from .compare import BASELINES, METHODS, method_folder, read_results, top_items
+from .evaluation import METRICS, leave_one_out
+
+LABELS = METHODS | BASELINES
+COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#d97706", "#b91c1c", "#7c3aed")
+COLUMNS = (*METRICS, "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
+HEADS = {"collision_rate": "collisions", "invalid_rate": "invalid beams", "train_seconds": "training"}
+
+
+def cell(column: str, value) -> str:
+    """A number of the table, as people read it."""
+    if value is None:
+        return "–"
+    if column in METRICS:
+        return f"{value:.4f}"
+    if column in ("collision_rate", "usage", "invalid_rate"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if column == "perplexity" else f"{value:.0f} s"
+
+
+def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
+    """One sentence per TIGER row: whether its HR@10 beats popularity, Markov and random IDs.
+
+    Users are paired: the mean difference of two rows' hits is given with two standard errors.
+    """
+    hits = {r["method"]: (top_items(out, r["method"]) == targets[:, None]).any(1).astype(float) for r in results["rows"]}
+    sentences = []
+    for row in (r for r in results["rows"] if r["kind"] == "tiger"):
+        parts = []
+        for other, name in (("popularity", "popularity"), ("markov", "Markov"), ("random", "random IDs")):
+            if other not in hits or other == row["method"]:
+                continue
+            difference = hits[row["method"]] - hits[other]
+            mean, error = difference.mean(), 2 * difference.std() / np.sqrt(len(difference))
+            word = "clearly beats" if mean > error else "is above" if mean > 0 else "does not beat"
+            noise = "" if abs(mean) > error else ", within noise"
+            parts.append(f"{word} {name} ({mean:+.4f} ± {error:.4f}{noise})")
+        sentences.append(f"{LABELS[row['method']].capitalize()}: HR@10 {row['HR@10']:.4f} {'; '.join(parts)}.".replace("rq-vae", "RQ-VAE").replace("Rq-vae", "RQ-VAE"))
+    return sentences
+
+
+def best_row(results: dict) -> dict | None:
+    """The TIGER row with the highest NDCG@10."""
+    rows = [r for r in results["rows"] if r["kind"] == "tiger"]
+    return max(rows, key=lambda r: r["NDCG@10"]) if rows else None
+
+
+def example(out, results: dict, catalogue: Catalogue) -> dict | None:
+    """One user, drawn by the seed: the latest items, the best row's recommendations, and what came next, as titles."""
+    row = best_row(results)
+    if row is None:
+        return None
+    test = leave_one_out(catalogue.sequences).test
+    place = int(np.random.default_rng(results["settings"]["seed"]).integers(len(test.targets)))
+    title = lambda item: catalogue.item_titles[item - 1]  # noqa: E731
+    target = int(test.targets[place])
+    return {
+        "user": catalogue.users[test.users[place]],
+        "method": row["method"],
+        "seen": len(test.histories[place]),
+        "history": [title(i) for i in test.histories[place][-8:]],
+        "recommended": [(title(i), i == target) for i in top_items(out, row["method"])[place] if i > 0],
+        "next": title(target),
+    }
+
+
+def write_report(out) -> Path:
+    """Draws ``OUT/*.png`` and writes ``OUT/report.html`` from what a comparison left in ``OUT``. Returns the page's path."""
+    out = Path(out)
+    results = read_results(out)
+    catalogue = load_folder(out / "catalogue")
+    pictures = [
+        (name, caption, draw(results))
+        for name, caption, draw in (
+            ("scores", "Hit rate and NDCG at 10. Grey lines: the baselines.", _draw_scores),
+            ("usage", "How often each code is used, codes sorted by use, one panel per method and level.", _draw_usage),
+            ("collisions", "Items by how many items share their codes; 1 is an item with codes of its own.", _draw_collisions),
+            ("training", "TIGER's loss per code by epoch (solid: training, dashed: validation), and the RQ-VAE's own training.", _draw_training),
+        )
+        if any(r["kind"] == "tiger" for r in results["rows"])
+    ]
+    for name, _, png in pictures:
+        write_atomic(out / f"{name}.png", png)
+    page = _page(out, results, catalogue, pictures)
+    write_atomic(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+# Pictures. Each takes the results and returns PNG bytes.
+
+
+def _figure(rows: int, columns: int, width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _tiger_rows(results) -> list[tuple[dict, str]]:
+    rows = [r for r in results["rows"] if r["kind"] == "tiger"]
+    return [(r, COLORS[list(METHODS).index(r["method"])]) for r in rows]
+
+
+def _draw_scores(results) -> bytes:
+    figure, axes = _figure(1, 2, 9, 0.9 + 0.42 * len(_tiger_rows(results)))
+    rows = _tiger_rows(results)
+    for ax, metric in zip(axes[0], ("HR@10", "NDCG@10"), strict=True):
+        ax.barh([LABELS[r["method"]] for r, _ in rows], [r[metric] for r, _ in rows], color=[c for _, c in rows], height=0.6)
+        for place, (r, _) in enumerate(rows):
+            ax.text(r[metric], place, f" {r[metric]:.4f}", va="center", fontsize=8)
+        ax.invert_yaxis()
+        for row in results["rows"]:
+            if row["kind"] == "baseline":
+                ax.axvline(row[metric], color="#6b7280", lw=1, ls=(0, (4, 3)), zorder=0)
+                ax.text(row[metric], -0.62, row["method"], fontsize=7, color="#4b5563", ha="center", va="bottom")
+        ax.set_xlim(0, 1.18 * max(r[metric] for r in results["rows"]))
+        ax.set_title(metric, fontsize=10, fontweight="bold", loc="left", pad=16)
+    for ax in axes[0][1:]:
+        ax.set_yticklabels([])
+    return _png(figure)
+
+
+def _draw_usage(results) -> bytes:
+    rows = _tiger_rows(results)
+    levels = max(len(r["code_counts"]) for r, _ in rows)
+    figure, axes = _figure(len(rows), levels, 9, 0.4 + 1.25 * len(rows))
+    for (row, color), line in zip(rows, axes, strict=True):
+        for level, ax in enumerate(line[: len(row["code_counts"])]):
+            counts = np.sort(row["code_counts"][level])[::-1]
+            ax.fill_between(np.arange(len(counts) + 1), np.append(counts, counts[-1]), step="post", color=color, alpha=0.85, lw=0)
+            ax.set_xlim(0, len(counts))
+            ax.set_ylim(0, None)
+            used, perplexity = row["tokenizer"]["usage"][level], row["tokenizer"]["perplexity"][level]
+            ax.text(0.97, 0.93, f"{100 * used:.0f} % used\nperplexity {perplexity:.0f} of {len(counts)}",
+                    transform=ax.transAxes, ha="right", va="top", fontsize=8)  # fmt: skip
+            if level == 0:
+                ax.set_title(LABELS[row["method"]], fontsize=9, fontweight="bold", loc="left")
+            elif row is rows[0][0]:
+                ax.set_title(f"level {level + 1}", fontsize=9, loc="right")
+    figure.supxlabel("codes, most used first", fontsize=8)
+    figure.supylabel("items", fontsize=8)
+    return _png(figure)
+
+
+def _draw_collisions(results) -> bytes:
+    rows = _tiger_rows(results)
+    figure, axes = _figure(1, 1, 9, 2.6)
+    ax, names = axes[0, 0], ["1", "2", "3", "4", "5–8", "9 and more"]
+    for place, (row, color) in enumerate(rows):
+        items = np.arange(len(row["group_sizes"])) * row["group_sizes"]  # items in groups of 0, 1, 2, ... with the same codes
+        share = [items[a:b].sum() / items.sum() for a, b in ((1, 2), (2, 3), (3, 4), (4, 5), (5, 9), (9, None))]
+        x = np.arange(len(names)) + (place - (len(rows) - 1) / 2) * 0.8 / len(rows)
+        bars = ax.bar(x, 100 * np.array(share), 0.74 / len(rows), color=color, label=LABELS[row["method"]])
+        ax.bar_label(bars, [f"{100 * s:.0f}" if s >= 0.005 else "" for s in share], fontsize=7)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_xlabel("items with the same codes", fontsize=8)
+    ax.set_ylabel("% of items", fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _draw_training(results) -> bytes:
+    rows = _tiger_rows(results)
+    encoders = [(r, c) for r, c in rows if len(r["tokenizer_history"]) > r["tokenizer"].get("levels", len(r["code_counts"]))]
+    figure, axes = _figure(1, 2 if encoders else 1, 9, 2.9)
+    ax = axes[0, 0]
+    for row, color in rows:
+        epochs = [e["epoch"] for e in row["training"]]
+        ax.plot(epochs, [e["loss"] for e in row["training"]], color=color, lw=1.6, label=LABELS[row["method"]])
+        if "validation_loss" in row["training"][0]:
+            ax.plot(epochs, [e["validation_loss"] for e in row["training"]], color=color, lw=1.2, ls="--")
+    ax.set_title("TIGER", fontsize=10, fontweight="bold", loc="left")
+    ax.set_xlabel("epoch", fontsize=8)
+    ax.set_ylabel("cross entropy per code", fontsize=8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=8, frameon=False)
+    if encoders:
+        ax = axes[0, 1]
+        for row, color in encoders:
+            ax.plot([h["step"] for h in row["tokenizer_history"]], [h["loss"] for h in row["tokenizer_history"]],
+                    color=color, lw=1.2, label=LABELS[row["method"]])  # fmt: skip
+        ax.set_yscale("log")
+        ax.set_title("RQ-VAE", fontsize=10, fontweight="bold", loc="left")
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_ylabel("loss", fontsize=8)
+        ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+# The page.
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1f2937; background: #f8fafc; margin: 0; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 28px 64px; background: #fff; box-shadow: 0 0 24px rgba(15,23,42,.06); }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; } h2 { font-size: 20px; margin: 44px 0 10px; }
+p { max-width: 72ch; } .lead { color: #475569; margin-top: 0; } .note { color: #64748b; font-size: 14px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
+th { font-weight: 600; color: #475569; border-bottom: 2px solid #cbd5e1; } th:first-child, td:first-child { text-align: left; }
+tr.baseline td { color: #64748b; } tr.first td { border-top: 2px solid #cbd5e1; } td.best { font-weight: 700; color: #1d4ed8; }
+ul.verdict { padding-left: 20px; } ul.verdict li { margin: 4px 0; }
+figure { margin: 18px 0 30px; } figure img { width: 100%; height: auto; display: block; } figcaption { color: #64748b; font-size: 14px; margin-top: 4px; }
+.user { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; } .user ol, .user ul { margin: 6px 0; padding-left: 22px; }
+.user h3 { font-size: 15px; margin: 0; color: #475569; } .hit { font-weight: 700; color: #15803d; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; } dt { color: #64748b; } dd { margin: 0; }
+@media (max-width: 700px) { .user { grid-template-columns: 1fr; } main { padding: 24px 16px; } }
+"""
+
+
+def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
+    text = html.escape
+    data, settings, machine = results["data"], results["settings"], results["machine"]
+    targets = leave_one_out(catalogue.sequences).test.targets
+    parts = [
+        f"<h1>Semantic IDs on {text(data['name'])}</h1>",
+        f"<p class='lead'>{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
+        f"Item texts embedded by {text(data['embedding'])}.</p>",
+        "<p>Each method turns an item's embedding into a short sequence of codes, its semantic ID. TIGER, a small T5 encoder-decoder, "
+        "reads a user's history as such codes and writes the codes of the next item. Only the IDs differ between its rows.</p>",
+        "<div class='wide'>" + _table(results) + "</div>",
+        f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all {data['items']:,}; "
+        "items already in the history are not recommended, by any method. Collisions: share of items whose codes another item has too "
+        "(a further digit tells them apart). Usage and perplexity: mean over levels. Invalid beams: share of "
+        f"{settings['free_beams']} freely searched beams that are no item's ID; the scores use {settings['beams']} beams held to valid IDs. "
+        "Training: TIGER alone.</p>",
+        "<h2>In words</h2>",
+        "<ul class='verdict'>" + "".join(f"<li>{text(s)}</li>" for s in verdicts(out, results, targets)) + "</ul>",
+        "<p class='note'>Differences of HR@10 between the same users, ± two standard errors. One run with one seed: other seeds move every "
+        "figure by about as much.</p>",
+    ]
+    shown = example(out, results, catalogue)
+    if shown:
+        items = "".join(f"<li{' class=hit' if hit else ''}>{text(t)}{' ✓' if hit else ''}</li>" for t, hit in shown["recommended"])
+        found = "It is in the list." if any(hit for _, hit in shown["recommended"]) else "It is not in the list."
+        parts += [
+            "<h2>One user</h2>",
+            f"<p class='note'>User {text(shown['user'])}, drawn by the seed; {shown['seen']} items in the history.</p>",
+            "<div class='user'><div><h3>Latest items, oldest first</h3><ul>",
+            "".join(f"<li>{text(t)}</li>" for t in shown["history"]),
+            f"</ul></div><div><h3>Recommended by TIGER on {text(LABELS[shown['method']])}</h3><ol>{items}</ol></div></div>",
+            f"<p>What came next: <b>{text(shown['next'])}</b>. {found}</p>",
+        ]
+    titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training"}
+    for name, caption, png in pictures:
+        image = base64.b64encode(png).decode()
+        parts.append(f"<h2>{titles[name]}</h2><figure><img alt='{text(caption)}' src='data:image/png;base64,{image}'>"
+                     f"<figcaption>{text(caption)}</figcaption></figure>")  # fmt: skip
+    facts = {k: v for k, v in machine.items()} | {k.replace("_", " "): v for k, v in settings.items()}
+    parts += ["<h2>Machine and settings</h2><dl>", "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()), "</dl>"]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>Semantic IDs on {text(data['name'])}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
+    )
+
+
+def _table(results: dict) -> str:
+    best = {c: max((r[c] for r in results["rows"] if r["kind"] == "tiger"), default=None) for c in METRICS}
+    lines, before = [], "tiger"
+    for row in results["rows"]:
+        tiger = row["kind"] == "tiger"
+        style = ("" if tiger else "baseline") + (" first" if before != row["kind"] else "")
+        before = row["kind"]
+        cells = "".join(
+            f"<td{' class=best' if tiger and row[c] == best.get(c) else ''}>{cell(c, row[c])}</td>" for c in COLUMNS
+        )
+        lines.append(f"<tr class='{style.strip()}'><td>{html.escape(LABELS[row['method']])}</td>{cells}</tr>")
+    heads = "".join(f"<th>{HEADS.get(c, c)}</th>" for c in COLUMNS)
+    return f"<table><thead><tr><th>semantic IDs</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

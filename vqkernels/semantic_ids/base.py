@@ -25,8 +25,10 @@ class Tokenizer:
 
     ``fit(embeddings)`` makes the codebooks and the items' IDs; ``semantic_ids`` int64 [N, levels + 1] are these (row = item
     id - 1), ``codebook_sizes`` how many values each column has, ``history`` the records of the training, one dict a step or
-    level, and ``report()`` what came out. Embeddings are standardised by each feature's mean and standard deviation, so that
-    no feature rules by its scale. The same seed gives the same IDs. All devices work; results lie on the CPU.
+    level, and ``report()`` what came out. Embeddings are standardised: each feature's mean is taken off, and all are divided by one
+    number that makes the mean variance 1. One number, because a feature's scale says how much it means: a scale of its own for
+    each would turn the last components of an SVD, or dead features, into noise as strong as the first. The same seed gives
+    the same IDs. All devices work; results lie on the CPU.
     """
 
     kind: str
@@ -82,10 +84,9 @@ class Tokenizer:
         if not len(x):
             raise DataError("embeddings have no rows. Give one row an item")
         start = time.perf_counter()
-        deviation, mean = torch.std_mean(x.double(), 0, correction=0)
-        # A dead feature of an embedding model (all-MiniLM-L6-v2 has one, around 1e-33) must not be blown up to a real one.
-        constant = deviation <= 1e-6 * torch.maximum(x.double().square().mean(0).sqrt(), deviation.median())
-        self._mean, self._scale = mean.float().cpu(), torch.where(constant, 1.0, deviation).float().cpu()
+        variance, mean = torch.var_mean(x.double(), 0, correction=0)
+        scale = variance.mean().sqrt()
+        self._mean, self._scale = mean.float().cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
         self._fingerprints = _fingerprints(x)
         self.history, self.notes = [], []
         z = self._standardise(x)
@@ -133,8 +134,8 @@ class Tokenizer:
 
         ``unique_fraction``, ``collision_rate``, ``largest_group`` as in ``collision_report``; a list with one number a level for
         ``codebook_sizes``, ``usage`` (share of the codewords that some item has), ``perplexity`` and ``entropy`` (nats) of that use;
-        ``reconstruction_error``: mean squared error of a standardised feature, so 1 is no better than the mean (None for random
-        codes); ``train_seconds``; ``notes``: list of what is worth knowing, such as codebooks smaller than asked for.
+        ``reconstruction_error``: mean squared error of the standardised features, so 1 is no better than the mean (None for
+        random codes); ``train_seconds``; ``notes``: list of what is worth knowing, such as codebooks smaller than asked for.
         """
         self._need_fit()
         return dict(self._report)

@@ -1,0 +1,85 @@
+"""Writes the README's tables from the registry and from committed results, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def bench_table() -> str:
+    blocks = []
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        data = json.loads(path.read_text())
+        c = data["conditions"]
+        backends = list(dict.fromkeys(r["backend"] for r in data["records"]))
+        rows: dict[tuple[str, str], dict[str, dict]] = {}
+        for r in data["records"]:
+            rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
+        lines = [
+            "| operator | shape | vqkernels | of the limit | extra memory | fastest alternative | we are | vector-quantize-pytorch |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for (op, shape), group in rows.items():
+            ours = group["vqkernels"]
+            others = [r for b, r in group.items() if b != "vqkernels" and not r["error"]]
+            best = min(others, key=lambda r: r["median_ms"])
+            incumbent = next((r for b, r in group.items() if b.startswith("vector-quantize-pytorch") and not r["error"]), None)
+            ratio = best["median_ms"] / ours["median_ms"]
+            lines.append(
+                f"| {op} | {shape.replace('x', '×')} | **{ours['median_ms']:.1f} ms** | {100 * ours['limit']:.0f} % | {ours['extra_mb']:.0f} MB "
+                f"| {best['backend']}: {best['median_ms']:.1f} ms | {ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'} "
+                f"| {'%.0f ms, %.0f MB' % (incumbent['median_ms'], incumbent['extra_mb']) if incumbent else '–'} |"
+            )
+        blocks.append(
+            f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32 and {c['copy_gbps']} GB/s copy; "
+            f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
+            f"`vqkernels bench --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n" + "\n".join(lines)
+        )
+        assert backends
+    return "\n\n".join(blocks)
+
+
+def demo_table() -> str:
+    data = json.loads((RESULTS / "demo.json").read_text())
+    columns = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += ["| " + " | ".join([r["method"], *(_cell(c, r.get(c)) for c in columns)]) + " |" for r in data["rows"]]
+    return "\n".join(lines)
+
+
+def _cell(column: str, value) -> str:
+    if value is None or isinstance(value, str):
+        return value or "–"
+    if isinstance(value, list):
+        return " / ".join(_cell(column, v) for v in value)
+    return f"{value:.0f}" if column in ("perplexity", "train_seconds") else f"{value:.2f}" if column == "usage" else f"{value:.4f}".lstrip("0") or "0"
+
+
+def ops_table() -> str:
+    from vqkernels.registry import BACKENDS, SPECS
+
+    lines = ["| operator | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
+    for name, spec in SPECS.items():
+        lines.append(f"| {name} | " + " | ".join("✓" if b == "reference" or b in spec.compiled else "" for b in BACKENDS) + " |")
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    for mark, table in (("bench", bench_table), ("demo", demo_table), ("ops", ops_table)):
+        block = f"<!-- {mark}:begin -->\n\n{table()}\n\n<!-- {mark}:end -->"
+        text = re.sub(rf"<!-- {mark}:begin -->.*<!-- {mark}:end -->", lambda _, block=block: block, text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    current = readme.read_text()
+    updated = render(current)
+    if "--check" in sys.argv:
+        sys.exit("README.md is out of date: run python bench/readme.py" if updated != current else 0)
+    readme.write_text(updated)

@@ -1,0 +1,112 @@
+"""RQ-VAE and VQ-VAE: losses, codes, training on small data."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqkernels.data import fashion_mnist_subset
+from vqkernels.layers import VectorQuantize
+from vqkernels.models import RQVAE, VQVAE
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.from_numpy(fashion_mnist_subset()[0][:96].copy()).unsqueeze(1) / 255
+
+
+def clusters(n=256, dim=12):
+    centres = torch.randn(10, dim)
+    return centres[torch.randint(10, (n,))] + 0.1 * torch.randn(n, dim)
+
+
+def test_rqvae_losses_are_what_they_are_called():
+    x, model = clusters(), RQVAE(12, hidden=[16], latent_dim=4, levels=3, codebook_size=8, beta=0.5)
+    out = model(x)
+    assert out.indices.shape == (256, 3) and out.indices.dtype == torch.int64 and out.reconstruction.shape == x.shape
+    torch.testing.assert_close(out.reconstruction_loss, (out.reconstruction - x).square().mean())
+    torch.testing.assert_close(out.loss, out.reconstruction_loss + out.commitment_loss)
+    z, codebooks, expected = model.encoder(x), model.quantizer.codebooks.clone(), 0.0  # of the codewords before they move
+    out, residual = model(x), z
+    for level in range(3):
+        index = torch.cdist(residual, codebooks[level]).argmin(1)
+        assert torch.equal(index, out.indices[:, level])
+        expected = expected + 0.5 * (residual - codebooks[level][index]).square().mean()
+        residual = residual - codebooks[level][index]
+    torch.testing.assert_close(out.commitment_loss, expected)
+    torch.testing.assert_close(out.reconstruction, model.decoder(z - residual))
+
+
+@pytest.mark.parametrize("estimator", ["rotation", "reflection", "ste"])
+def test_rqvae_gradient_reaches_the_encoder_by_the_estimator(estimator):
+    torch.manual_seed(1)
+    x, model = clusters(), RQVAE(12, hidden=[16], latent_dim=4, codebook_size=8, estimator=estimator)
+    model(x)  # seeds the codebooks
+    model.eval().requires_grad_(True)
+    model.train()
+    model(x).reconstruction_loss.backward()
+    gradient = model.encoder[0].weight.grad
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    if estimator != "ste":
+        torch.manual_seed(1)
+        clusters()
+        other = RQVAE(12, hidden=[16], latent_dim=4, codebook_size=8, estimator="ste")
+        other.load_state_dict(model.state_dict())
+        other(x).reconstruction_loss.backward()
+        assert not torch.allclose(gradient, other.encoder[0].weight.grad, rtol=1e-2)
+
+
+def test_rqvae_encode_and_decode_move_nothing():
+    x, model = clusters(), RQVAE(12, hidden=[16], latent_dim=4, codebook_size=8)
+    model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    codes = model.encode(x)
+    assert model.training and torch.equal(codes, model.eval()(x).indices)
+    torch.testing.assert_close(model.decode(codes), model(x).reconstruction)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    coarse = [(model.decode(codes[:, :levels]) - model(x).reconstruction).square().mean() for levels in (1, 2, 3)]
+    assert coarse[2] < 1e-9 < coarse[0]
+
+
+@pytest.mark.parametrize("estimator", ["rotation", "ste"])
+def test_vqvae_learns_images_and_is_seeded(images, estimator):
+    def trained():
+        torch.manual_seed(0)
+        model = VQVAE(width=16, dim=8, codebook_size=32, estimator=estimator)
+        return model, model.fit(images, steps=60, batch_size=32, lr=3e-3, progress=False)
+
+    model, history = trained()
+    assert [record["step"] for record in history] == [50, 60]
+    assert history[-1]["reconstruction_loss"] < 0.6 * images.var()
+    result = model.evaluate(images)
+    assert model.training and result["reconstruction_error"] < 0.6 * images.var()
+    assert result["usage"] > 0.5 and 1 < result["perplexity"] <= 32
+    again, same = trained()
+    assert same == history and again.evaluate(images) == result
+
+
+def test_vqvae_takes_other_quantizers_and_sizes():
+    quantizer = VectorQuantize(6, 16, codebook_dim=3, use_cosine_sim=True, accept_image_fmap=True)
+    model = VQVAE(3, width=8, dim=6, quantizer=quantizer)
+    out = model(torch.rand(2, 3, 12, 20))
+    assert out.reconstruction.shape == (2, 3, 12, 20) and out.indices.shape == (2, 3, 5)
+    torch.testing.assert_close(out.loss, out.reconstruction_loss + out.commitment_loss)
+    with pytest.raises(ValueError, match="decay belong to the default quantizer"):
+        VQVAE(dim=6, quantizer=quantizer, decay=0.5)
+    with pytest.raises(ValueError, match=r"\[2, 3, 13, 20\].*multiples of 4. Pad or crop"):
+        model(torch.rand(2, 3, 13, 20))
+
+
+def test_diverging_training_is_told(images):
+    with pytest.raises(FloatingPointError, match="lr=1e\\+20. Use a smaller lr"):
+        VQVAE(width=8, dim=4, codebook_size=8).fit(images, steps=10, batch_size=16, lr=1e20, progress=False)
+
+
+def test_example_prints_the_table_and_saves_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = Path(__file__).parents[1] / "examples" / "vqvae_fashion_mnist.py"
+    result = subprocess.run([sys.executable, script, "--steps", "3", "--codebook-size", "16", "--out", tmp_path],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "ste" in result.stdout and "rotation" in result.stdout and (tmp_path / "reconstructions.png").stat().st_size > 5000

@@ -13,6 +13,15 @@ from vqkernels import ResidualVQ, VectorQuantize, compat
 DIM, K = 8, 16
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are so small that threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def state(layer):
     return {key: value.clone() for key, value in layer.state_dict().items()}
 
@@ -286,14 +295,13 @@ def test_bit_equal_across_runs_and_threads(number):
         out = [layer(torch.randn(1, 300, DIM)) for _ in range(4)]
         return state(layer) | {f"out{i}{j}": t.detach() for i, o in enumerate(out) for j, t in enumerate(o)}
 
-    threads = torch.get_num_threads()
+    first = train()
+    assert same(first, train())
+    torch.set_num_threads(2)
     try:
-        first = train()
-        assert same(first, train())
-        torch.set_num_threads(1)
         assert same(first, train())
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -367,6 +375,29 @@ def test_compiles_without_graph_breaks_in_eval(number):
         for a, b in zip(compiled(x), layer(x), strict=True):
             assert torch.equal(a, b)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("number", (0, 3))
+def test_compiles_in_training(number):
+    """One graph for the whole step: search, gradient and EMA update."""
+    layer = layers()[number]
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x, grads = torch.randn(2, 30, DIM), []
+        for module in (layer, compiled):
+            v = x.clone().requires_grad_()
+            quantized, _, loss = module(v)
+            (quantized.square().sum() + loss.sum()).backward()
+            grads.append(v.grad)
+        torch.testing.assert_close(*grads)
+    assert same(state(layer), state(compiled._orig_mod))
+    torch._dynamo.reset()
+
+
+def test_exports():
+    layer, x = VectorQuantize(DIM, K).eval(), torch.randn(2, 30, DIM)
+    program = torch.export.export(layer, (x,)).module()
+    assert all(torch.equal(a, b) for a, b in zip(program(x), layer(x), strict=True))
 
 
 # statistics

@@ -16,6 +16,15 @@ theirs = pytest.importorskip(
 DIM, K, BATCH = 16, 24, 2
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are so small that threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pair(name, **options):
     """Both layers from one seed, with equal checkpoints that load strictly in both directions."""
     layers = []

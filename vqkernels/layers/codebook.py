@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..ops import codeword_sums, kmeans
 
+_PLUS_PLUS = 1024  # k-means++ makes one pass over the rows per codeword; beyond this the start is random rows
+
 
 class Codebook(nn.Module):
     """``embed`` ``[H, K, D]`` with its running statistics ``cluster_size`` ``[H, K]`` and ``embed_avg`` ``[H, K, D]``.
@@ -120,8 +122,9 @@ class Codebook(nn.Module):
         """K codewords from rows [N, D], and how many rows each holds (at least 1, as in a fresh codebook)."""
         K, N = self.codebook_size, len(rows)
         if N >= K:
+            init = "k-means++" if K <= _PLUS_PLUS else "random"
             # the draw comes from torch's own generator, so torch.manual_seed decides it
-            found = kmeans(rows, K, iters=self.kmeans_iters, seed=int(torch.randint(2**31, ())))
+            found = kmeans(rows, K, init=init, iters=self.kmeans_iters, seed=int(torch.randint(2**31, ())))
             counts = torch.bincount(found.indices, minlength=K)
             return found.centroids, counts.clamp(min=1).to(rows.dtype)
         # fewer rows than codewords: every row is a codeword, the rest start beside rows so that no two are the same
@@ -195,23 +198,25 @@ class Codebook(nn.Module):
             return
         H, N, K = *z.shape[:2], self.codebook_size
         dead = self.cluster_size < self.threshold_ema_dead_code
-        # keys in [0, 1) for those who take part, 2 for the others: the smallest keys are a random draw of the former
-        code_key, code = torch.rand_like(self.cluster_size).masked_fill(~dead, 2.0).sort(-1)
+        # Keys in [0, 1) for those who take part, 2 for the others: the smallest keys are a random draw of the former.
+        # The dead codeword that comes j-th in a random order gets the j-th row of a random order.
+        place = torch.rand_like(self.cluster_size).masked_fill(~dead, 2.0).argsort(-1).argsort(-1)
+        if self._world() > 1:
+            dist.broadcast(place, 0)
         key = torch.full((H, max(N, K)), 2.0, device=z.device)
         key[:, :N] = torch.rand(H, N, device=z.device).masked_fill(indices < 0, 2.0)
-        row_key, row = key.topk(K, -1, largest=False, sorted=True)
-        fresh = z.gather(1, row.clamp(max=N - 1).unsqueeze(-1).expand(-1, -1, z.shape[-1])).to(self.embed.dtype)
+        key, row = key.topk(K, -1, largest=False, sorted=True)
+        found = key.gather(-1, place) < 1.0
+        row = row.gather(-1, place).clamp(max=N - 1)
+        fresh = torch.stack([rows.index_select(0, i) for rows, i in zip(z, row, strict=True)]).to(self.embed.dtype)
         fresh = normalize(fresh) if self.use_cosine_sim else fresh
-        found = row_key < 1.0
         if self._world() > 1:
-            code_key, code, fresh, found = self._share(code_key, code, fresh, found)
-        replace = (code_key < 1.0) & found
+            fresh, found = self._share(place, fresh, found)
+        replace = dead & found
         reset = float(self.threshold_ema_dead_code)
-        slot = code.unsqueeze(-1).expand_as(fresh)
-        for buffer, value in ((self.embed, fresh), (self.embed_avg, fresh * reset)):
-            buffer.scatter_(1, slot, torch.where(replace.unsqueeze(-1), value, buffer.gather(1, slot)))
-        size = self.cluster_size
-        size.scatter_(1, code, torch.where(replace, reset, size.gather(1, code)))
+        self.cluster_size.masked_fill_(replace, reset)
+        self.embed.copy_(torch.where(replace.unsqueeze(-1), fresh, self.embed))
+        self.embed_avg.copy_(torch.where(replace.unsqueeze(-1), fresh * reset, self.embed_avg))
 
     # many processes
 
@@ -221,17 +226,13 @@ class Codebook(nn.Module):
             return 1
         return dist.get_world_size()
 
-    def _share(self, code_key: Tensor, code: Tensor, fresh: Tensor, found: Tensor):
-        """The same revival on every process: order of process 0, replacement j from process j modulo the world size."""
-        dist.broadcast(code_key, 0)
-        dist.broadcast(code, 0)
-        mine = torch.arange(self.codebook_size, device=code.device) % dist.get_world_size() == dist.get_rank()
-        use = found & mine
-        fresh = torch.where(use.unsqueeze(-1), fresh, 0.0)
-        found = use.to(torch.int32)
+    def _share(self, place: Tensor, fresh: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """The same replacements on every process: the j-th comes from process j modulo their number."""
+        use = found & (place % dist.get_world_size() == dist.get_rank())
+        fresh, found = torch.where(use.unsqueeze(-1), fresh, 0.0), use.to(torch.int32)
         dist.all_reduce(fresh)
         dist.all_reduce(found)
-        return code_key, code, fresh, found > 0
+        return fresh, found > 0
 
 
 def normalize(t: Tensor) -> Tensor:

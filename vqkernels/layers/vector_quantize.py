@@ -63,7 +63,8 @@ class VectorQuantize(nn.Module):
         heads, separate_codebook_per_head: split the features into heads, quantized apart with one or several codebooks.
         decay, eps: of the exponential moving average that trains the codewords.
         freeze_codebook: no EMA step (also an argument of ``forward``).
-        kmeans_init, kmeans_iters: seed the codewords by k-means (k-means++ start) on the first batch.
+        kmeans_init, kmeans_iters: seed the codewords by k-means on the first batch (k-means++ start up to 1024
+            codewords, random rows above).
         use_cosine_sim: unit vectors, largest dot product.
         threshold_ema_dead_code: running count under which a codeword moves onto a random row of the batch; 0: never.
         channel_last, accept_image_fmap, accept_3d_fmap: layout of the input.

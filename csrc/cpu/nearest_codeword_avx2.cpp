@@ -18,8 +18,9 @@
 #define VQK_ROWS 6
 #define VQK_SPLAT(x) _mm256_set1_ps(x)
 #define VQK_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define VQK_WIDEN(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #define VQK_MIN(a, b) _mm256_min_ps(a, b)
-#define VQK_LE_MASK(a, b) static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)))
+#define VQK_NONZERO(x) static_cast<unsigned>(_mm256_movemask_ps((__m256)((x) != 0)))
 
 namespace vqk::cpu {
 namespace {

@@ -17,27 +17,28 @@
 
 #define VQK_LANES 16
 #define VQK_ROWS 12
+#define VQK_WIDEN(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #if defined(VQK_EMULATE_AVX512)
 #pragma GCC target("avx2,fma")
 #define VQK_SPLAT(x) (Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x})
 #define VQK_FMA(a, b, c) ((a) * (b) + (c))
 #define VQK_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define VQK_LE_MASK(a, b) le_mask((a) <= (b))
+#define VQK_NONZERO(x) nonzero(x)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define VQK_SPLAT(x) _mm512_set1_ps(x)
 #define VQK_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define VQK_MIN(a, b) _mm512_min_ps(a, b)
-#define VQK_LE_MASK(a, b) static_cast<unsigned>(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ))
+#define VQK_NONZERO(x) static_cast<unsigned>(_mm512_test_epi32_mask((__m512i)(x), (__m512i)(x)))
 #endif
 
 namespace vqk::cpu {
 namespace {
 #if defined(VQK_EMULATE_AVX512)
 template <class Mask>
-inline unsigned le_mask(const Mask& m) {
+inline unsigned nonzero(const Mask& m) {
   unsigned bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(m[i] & 1) << i;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(m[i] != 0) << i;
   return bits;
 }
 #endif

@@ -1,7 +1,8 @@
 // The search kernel, written once and compiled once per SIMD level: the including file defines
 //   VQK_LANES        floats in a vector                     VQK_SPLAT(x)       vector of x
 //   VQK_ROWS         rows of z in a register tile           VQK_FMA(a, b, c)   a * b + c, fused where there is FMA
-//   VQK_LE_MASK(a,b) bit i = lane i of a <= b               VQK_MIN(a, b)      lane-wise minimum
+//   VQK_WIDEN(p)     4 floats (2 when VQK_LANES is 4) as fp64
+//   VQK_NONZERO(x)   bit i = lane i of an IntVec is not 0   VQK_MIN(a, b)      lane-wise minimum
 // and includes this inside its own anonymous namespace: nothing here may be shared between levels.
 //
 // Two stages (docs/numerics.md proves that the result is the canonical nearest codeword).
@@ -30,21 +31,18 @@ constexpr int64_t kBlockVectors = 64;         // of folded minima per row: 12 Ki
 typedef float Vec __attribute__((vector_size(4 * VQK_LANES)));
 typedef float VecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * VQK_LANES)));
+typedef int32_t IntVecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
 // fp64 lanes of the canonical sums
 constexpr int kDoubles = kLanes == 4 ? 2 : 4;
 typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
 typedef double DoublesAtAny __attribute__((vector_size(8 * kDoubles), aligned(8), may_alias));
-typedef float Floats __attribute__((vector_size(4 * kDoubles)));
-typedef float FloatsAtAny __attribute__((vector_size(4 * kDoubles), aligned(4), may_alias));
 
 #define VQK_INLINE static inline __attribute__((always_inline))
 
 VQK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAtAny*>(p); }
 VQK_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAny*>(p) = x; }
 VQK_INLINE Doubles load_doubles(const double* p) { return *reinterpret_cast<const DoublesAtAny*>(p); }
-VQK_INLINE Doubles load_doubles(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const FloatsAtAny*>(p), Doubles);
-}
+VQK_INLINE Doubles load_doubles(const float* p) { return VQK_WIDEN(p); }
 // The last `count` < kDoubles values, then zeros.
 template <class T>
 VQK_INLINE Doubles load_tail(const T* p, int64_t count) {
@@ -90,30 +88,33 @@ VQK_INLINE void transpose(const Doubles* p, Doubles* t) {
 
 constexpr int kPairs = 8;
 
+// sum[chain] += the terms of kDoubles features, in order. `load` reads from a row at a feature.
+template <class T, bool L2, class Load>
+VQK_INLINE void add_terms(const T* const* z, const T* const* c, int64_t d, const Load& load_at, Doubles* sum) {
+#pragma GCC unroll 4
+  for (int chain = 0; chain < kPairs / kDoubles; ++chain) {
+    Doubles product[kDoubles], term[kDoubles];
+#pragma GCC unroll 4
+    for (int j = 0; j < kDoubles; ++j) {
+      const Doubles x = load_at(z[chain * kDoubles + j] + d), y = load_at(c[chain * kDoubles + j] + d);
+      product[j] = L2 ? (x - y) * (x - y) : x * y;
+    }
+    transpose(product, term);
+#pragma GCC unroll 4
+    for (int j = 0; j < kDoubles; ++j) sum[chain] = sum[chain] + term[j];
+  }
+}
+
 // cost[i] = sum over d, in order, of (z_d - c_d)^2 (l2) or minus that of z_d * c_d, in fp64 without
-// fused multiply-adds. Squares are computed along d, transposed, then added: lane i is pair i.
+// fused multiply-adds. Products are computed along d, transposed, then added: lane i is pair i.
 template <class T, bool L2>
 VQK_INLINE void canonical_costs(const T* const* z, const T* const* c, int64_t D, double* cost) {
-  constexpr int kChains = kPairs / kDoubles;
-  Doubles sum[kChains] = {};
-  for (int64_t d = 0; d < D; d += kDoubles) {
-    const bool whole = d + kDoubles <= D;
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      Doubles product[kDoubles], term[kDoubles];
-#pragma GCC unroll 4
-      for (int j = 0; j < kDoubles; ++j) {
-        const T* zp = z[chain * kDoubles + j] + d;
-        const T* cp = c[chain * kDoubles + j] + d;
-        const Doubles x = whole ? load_doubles(zp) : load_tail(zp, D - d);  // padding adds +0: exact
-        const Doubles y = whole ? load_doubles(cp) : load_tail(cp, D - d);
-        product[j] = L2 ? (x - y) * (x - y) : x * y;
-      }
-      transpose(product, term);
-#pragma GCC unroll 4
-      for (int j = 0; j < kDoubles; ++j) sum[chain] = sum[chain] + term[j];
-    }
-  }
+  Doubles sum[kPairs / kDoubles] = {};
+  int64_t d = 0;
+  for (; d + kDoubles <= D; d += kDoubles)
+    add_terms<T, L2>(z, c, d, [](const T* p) __attribute__((always_inline)) { return load_doubles(p); }, sum);
+  if (d < D)  // padded with zeros: adding +0 is exact
+    add_terms<T, L2>(z, c, d, [&](const T* p) __attribute__((always_inline)) { return load_tail(p, D - d); }, sum);
   for (int i = 0; i < kPairs; ++i) cost[i] = L2 ? sum[i / kDoubles][i % kDoubles] : -sum[i / kDoubles][i % kDoubles];
 }
 
@@ -147,20 +148,35 @@ struct Decision {
 
   __attribute__((noinline)) void finish() {
     if (!count) return;
-    for (int j = count; j < kPairs; ++j) z[j] = z[0], c[j] = c[0];
-    double cost[kPairs];
+    for (int j = count; j < kPairs; ++j) z[j] = z[j - 1], c[j] = c[j - 1], row[j] = row[j - 1], code[j] = code[j - 1];
+    double cost[kPairs], total = 0;
     canonical_costs<T, L2>(z, c, D, cost);
-    for (int j = 0; j < count; ++j) {
-      double x = cost[j];
-      if (!(x - x == 0)) {  // rare: a codeword that must not win, or finite fp64 values whose cost overflows
-        if (!all_finite(c[j], D)) continue;
-        if (x != x) x = __builtin_huge_val();
+    for (int j = 0; j < kPairs; ++j) total += cost[j];
+    // Not finite, rarely: a codeword that must not win, or finite fp64 values whose cost overflows.
+    if (__builtin_expect(total - total != 0, 0)) {
+      for (int j = 0; j < count; ++j)
+        if (all_finite(c[j], D)) update(row[j], code[j], cost[j] == cost[j] ? cost[j] : __builtin_huge_val());
+    } else if (row[0] == row[kPairs - 1]) {  // one row: its pairs come with ascending codes, mostly
+      double best = cost[0];
+      int64_t best_code = code[0];
+#pragma GCC unroll 8
+      for (int j = 1; j < kPairs; ++j) {
+        const bool better = (cost[j] < best) | ((cost[j] == best) & (code[j] < best_code));
+        best_code = better ? code[j] : best_code;
+        best = better ? cost[j] : best;
       }
-      int64_t& best = index[row[j]];
-      double& lowest_cost = value[row[j]];
-      if (best < 0 || x < lowest_cost || (x == lowest_cost && code[j] < best)) best = code[j], lowest_cost = x;
+      update(row[0], best_code, best);
+    } else {
+      for (int j = 0; j < kPairs; ++j) update(row[j], code[j], cost[j]);
     }
     count = 0;
+  }
+
+  __attribute__((always_inline)) void update(int64_t i, int64_t k, double x) {
+    const double lowest_cost = value[i];  // NaN at first
+    const bool better = (!(lowest_cost <= x)) | ((lowest_cost == x) & (k < index[i]));
+    index[i] = better ? k : index[i];
+    value[i] = better ? x : lowest_cost;
   }
 };
 
@@ -209,20 +225,16 @@ struct Row {
 };
 constexpr int kEveryCodeword = -1, kNone = -2;
 
-static __attribute__((noinline)) void add_candidate(Row& row, uint32_t lane, float score) {
-  if (row.count == kCandidates) {
-    int kept = 0;
-    for (int i = 0; i < kCandidates; ++i)
-      if (row.score[i] <= row.limit) row.score[kept] = row.score[i], row.lane[kept] = row.lane[i], ++kept;
-    row.count = kept;
-    if (kept == kCandidates) {
-      row.count = kEveryCodeword;
-      row.limit = -__builtin_inff();
-      return;
-    }
-  }
-  row.score[row.count] = score;
-  row.lane[row.count++] = lane;
+// Makes room among the candidates by dropping those that a better one has overtaken.
+static __attribute__((noinline)) bool prune(Row& row) {
+  int kept = 0;
+  for (int i = 0; i < kCandidates; ++i)
+    if (row.score[i] <= row.limit) row.score[kept] = row.score[i], row.lane[kept] = row.lane[i], ++kept;
+  row.count = kept;
+  if (kept < kCandidates) return true;
+  row.count = kEveryCodeword;
+  row.limit = -__builtin_inff();
+  return false;
 }
 
 // minima: `groups` vectors, kTileRows * kLanes floats apart, of lanes that start at `lane`.
@@ -241,19 +253,23 @@ VQK_INLINE void filter(Row& row, const float* minima, int64_t groups, uint32_t l
     row.best = best;
     row.limit = best + row.slack;
   }
-  // Bits of 64 lanes at a time: as few unpredictable branches as there are candidates.
-  constexpr int kBatch = 64 / kLanes;
+  // Bit g of lane i: group g's minimum there is a candidate. Found so that there are about as many
+  // branches as candidates, not as many as groups.
   const Vec limit = VQK_SPLAT(row.limit);
-  for (g = 0; g < groups; g += kBatch) {
-    uint64_t bits = 0;
-    const int64_t batch = groups - g < kBatch ? groups - g : kBatch;
-    for (int64_t j = 0; j < batch; ++j)
-      bits |= static_cast<uint64_t>(VQK_LE_MASK(load(minima + (g + j) * kStep), limit)) << (j * kLanes);
-    for (; bits; bits &= bits - 1) {
-      if (row.count == kEveryCodeword) return;
-      const int bit = __builtin_ctzll(bits);
-      add_candidate(row, lane + static_cast<uint32_t>(g * kLanes) + bit,
-                    minima[(g + bit / kLanes) * kStep + bit % kLanes]);
+  for (int64_t first = 0; first < groups; first += 32) {
+    const int64_t last = first + 32 < groups ? first + 32 : groups;
+    IntVec bits = {};
+    for (g = last - 1; g >= first; --g) bits = bits + bits - (IntVec)(load(minima + g * kStep) <= limit);
+    uint32_t words[kLanes];
+    *reinterpret_cast<IntVecAtAny*>(words) = bits;
+    for (unsigned lanes = VQK_NONZERO(bits); lanes; lanes &= lanes - 1) {
+      const int i = __builtin_ctz(lanes);
+      for (uint32_t word = words[i]; word; word &= word - 1) {
+        g = first + __builtin_ctz(word);
+        if (row.count == kCandidates && !prune(row)) return;
+        row.score[row.count] = minima[g * kStep + i];
+        row.lane[row.count++] = lane + static_cast<uint32_t>(g * kLanes + i);
+      }
     }
   }
 }

@@ -10,20 +10,21 @@
 #define VQK_ROWS 4
 #define VQK_SPLAT(x) (Vec{x, x, x, x})
 #define VQK_FMA(a, b, c) ((a) * (b) + (c))
+#define VQK_WIDEN(p) (Doubles{(p)[0], (p)[1]})
 #if defined(__SSE2__)
 #define VQK_MIN(a, b) _mm_min_ps(a, b)
-#define VQK_LE_MASK(a, b) static_cast<unsigned>(_mm_movemask_ps(_mm_cmple_ps(a, b)))
+#define VQK_NONZERO(x) static_cast<unsigned>(_mm_movemask_ps((__m128)((x) != 0)))
 #else
 #define VQK_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define VQK_LE_MASK(a, b) le_mask((a) <= (b))
+#define VQK_NONZERO(x) nonzero(x)
 #endif
 
 namespace vqk::cpu {
 namespace {
 #if !defined(__SSE2__)
 template <class Mask>
-inline unsigned le_mask(const Mask& m) {
-  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+inline unsigned nonzero(const Mask& m) {
+  return (m[0] != 0) | (m[1] != 0) << 1 | (m[2] != 0) << 2 | (m[3] != 0) << 3;
 }
 #endif
 #include "nearest_codeword_kernel.h"

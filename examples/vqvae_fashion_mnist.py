@@ -1,11 +1,13 @@
 """A VQ-VAE on Fashion-MNIST, once with the straight-through gradient and once with the rotation trick.
 
-    python examples/vqvae_fashion_mnist.py --out out/vqvae            # 800 images that come with the package, about a minute
-    python examples/vqvae_fashion_mnist.py --full --steps 2000        # 20,000 images of Debian's dataset-fashion-mnist
+    python examples/vqvae_fashion_mnist.py --out out/vqvae            # 800 images that come with the package, about a
+    minute python examples/vqvae_fashion_mnist.py --full --steps 2000        # 20,000 images of Debian's
+    dataset-fashion-mnist
 
-Prints the reconstruction error on images that were not trained on, the share of codewords in use and their perplexity, and
-saves originals and reconstructions as a picture.
+Prints the reconstruction error on images that were not trained on, the share of codewords in use and their perplexity,
+and saves originals and reconstructions as a picture.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from vqkernels.data import fashion_mnist, fashion_mnist_subset
 from vqkernels.models import VQVAE
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def main() -> None:
@@ -25,7 +27,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="training steps (400)")
     parser.add_argument("--codebook-size", type=int, default=256, help="codewords (256)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="20,000 images of the whole data set instead of the 800 that come along")
+    parser.add_argument(
+        "--full", action="store_true", help="20,000 images of the whole data set instead of the 800 that come along"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/vqvae"), help="folder for the picture (out/vqvae)")
     args = parser.parse_args()
 
@@ -44,13 +48,15 @@ def main() -> None:
         model.fit(train, steps=args.steps, seed=args.seed)
         seconds = time.perf_counter() - start
         result = model.eval().evaluate(test)
-        print(f"{estimator:<12}{result['reconstruction_error']:>22.5f}{result['usage']:>8.3f}{result['perplexity']:>12.1f}{seconds:>9.1f}")
+        print(
+            f"{estimator:<12}{result['reconstruction_error']:>22.5f}{result['usage']:>8.3f}{result['perplexity']:>12.1f}{seconds:>9.1f}"
+        )
         with torch.no_grad():
             rows.append((estimator, model(test[:12]).reconstruction))
 
     figure, axes = plt.subplots(len(rows), 12, figsize=(12, 3.4))
-    for (name, pictures), line in zip(rows, axes):
-        for picture, axis in zip(pictures, line):
+    for (name, pictures), line in zip(rows, axes, strict=True):
+        for picture, axis in zip(pictures, line, strict=True):
             axis.imshow(picture[0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])

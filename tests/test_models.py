@@ -1,4 +1,5 @@
 """RQ-VAE and VQ-VAE: losses, codes, training on small data."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,15 @@ import torch
 from vqkernels.data import fashion_mnist_subset
 from vqkernels.layers import VectorQuantize
 from vqkernels.models import RQVAE, VQVAE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,11 @@ def test_rqvae_losses_are_what_they_are_called():
     assert out.indices.shape == (256, 3) and out.indices.dtype == torch.int64 and out.reconstruction.shape == x.shape
     torch.testing.assert_close(out.reconstruction_loss, (out.reconstruction - x).square().mean())
     torch.testing.assert_close(out.loss, out.reconstruction_loss + out.commitment_loss)
-    z, codebooks, expected = model.encoder(x), model.quantizer.codebooks.clone(), 0.0  # of the codewords before they move
+    z, codebooks, expected = (
+        model.encoder(x),
+        model.quantizer.codebooks.clone(),
+        0.0,
+    )  # of the codewords before they move
     out, residual = model(x), z
     for level in range(3):
         index = torch.cdist(residual, codebooks[level]).argmin(1)
@@ -92,21 +106,28 @@ def test_vqvae_takes_other_quantizers_and_sizes():
     out = model(torch.rand(2, 3, 12, 20))
     assert out.reconstruction.shape == (2, 3, 12, 20) and out.indices.shape == (2, 3, 5)
     torch.testing.assert_close(out.loss, out.reconstruction_loss + out.commitment_loss)
-    with pytest.raises(ValueError, match="decay belong to the default quantizer"):
+    with pytest.raises(ValueError, match=r"decay belong to the default quantizer"):
         VQVAE(dim=6, quantizer=quantizer, decay=0.5)
     with pytest.raises(ValueError, match=r"\[2, 3, 13, 20\].*multiples of 4. Pad or crop"):
         model(torch.rand(2, 3, 13, 20))
 
 
 def test_diverging_training_is_told(images):
-    with pytest.raises(FloatingPointError, match="lr=1e\\+20. Use a smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"lr=1e\+20. Use a smaller lr"):
         VQVAE(width=8, dim=4, codebook_size=8).fit(images, steps=10, batch_size=16, lr=1e20, progress=False)
 
 
 def test_example_prints_the_table_and_saves_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     script = Path(__file__).parents[1] / "examples" / "vqvae_fashion_mnist.py"
-    result = subprocess.run([sys.executable, script, "--steps", "3", "--codebook-size", "16", "--out", tmp_path],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, "--steps", "3", "--codebook-size", "16", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
-    assert "ste" in result.stdout and "rotation" in result.stdout and (tmp_path / "reconstructions.png").stat().st_size > 5000
+    assert (
+        "ste" in result.stdout
+        and "rotation" in result.stdout
+        and (tmp_path / "reconstructions.png").stat().st_size > 5000
+    )

@@ -1,4 +1,5 @@
 """Tokenizers: the IDs, what is said of them, new items, saving and bad input."""
+
 import json
 
 import numpy as np
@@ -7,18 +8,40 @@ import torch
 
 from vqkernels import kmeans
 from vqkernels.data import DataError
-from vqkernels.semantic_ids import (HierarchicalKMeansTokenizer, RandomTokenizer, ResidualKMeansTokenizer, RQVAETokenizer,
-                                    add_digit, collision_report, load_tokenizer)
+from vqkernels.semantic_ids import (
+    HierarchicalKMeansTokenizer,
+    RandomTokenizer,
+    ResidualKMeansTokenizer,
+    RQVAETokenizer,
+    add_digit,
+    collision_report,
+    load_tokenizer,
+)
 
-SMALL = [RandomTokenizer(3, 8, seed=1), ResidualKMeansTokenizer(3, 8, seed=1), HierarchicalKMeansTokenizer(2, 6, seed=1),
-         RQVAETokenizer(3, 8, seed=1, latent_dim=8, hidden=[32], epochs=20, lr=5e-3, batch_size=100)]
+SMALL = [
+    RandomTokenizer(3, 8, seed=1),
+    ResidualKMeansTokenizer(3, 8, seed=1),
+    HierarchicalKMeansTokenizer(2, 6, seed=1),
+    RQVAETokenizer(3, 8, seed=1, latent_dim=8, hidden=[32], epochs=20, lr=5e-3, batch_size=100),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def x():
     """300 items around 20 centres, two of them equal, one feature dead as in real embedding models."""
     generator = np.random.default_rng(0)
-    x = generator.standard_normal((20, 16))[generator.integers(20, size=300)] + 0.3 * generator.standard_normal((300, 16))
+    x = generator.standard_normal((20, 16))[generator.integers(20, size=300)] + 0.3 * generator.standard_normal(
+        (300, 16)
+    )
     x[7] = x[5]
     x[:, 3] *= 1e-33
     return (5 + 0.01 * x).astype(np.float32)
@@ -43,7 +66,7 @@ def test_ids_are_unique_in_range_and_encode_gives_them_back(tokenizer, x):
     assert (ids >= 0).all() and (ids < tokenizer.codebook_sizes).all()
     assert np.array_equal(tokenizer.encode(x), ids) and np.array_equal(tokenizer.codes(x), ids[:, :-1])
     assert np.array_equal(tokenizer.encode(x[:9:-1]), ids[:9:-1])
-    row_by_row = np.concatenate([tokenizer.encode(x[i:i + 1]) for i in range(300) if i != 7])
+    row_by_row = np.concatenate([tokenizer.encode(x[i : i + 1]) for i in range(300) if i != 7])
     assert np.array_equal(row_by_row, np.delete(ids, 7, 0))  # item 7 has the embedding of item 5
     as_tensor = tokenizer.encode(torch.from_numpy(x))
     assert isinstance(as_tensor, torch.Tensor) and np.array_equal(as_tensor.numpy(), ids)
@@ -85,7 +108,9 @@ def test_report_says_what_the_ids_say(tokenizer, x):
         assert [record["step"] for record in tokenizer.history] == list(range(1, tokenizer.levels + 1))
         losses = [record["loss"] for record in tokenizer.history]
         assert losses == sorted(losses, reverse=True)
-        assert losses[-1] == pytest.approx(report["reconstruction_error"], rel=1e-4)  # the records are of the same thing
+        assert losses[-1] == pytest.approx(
+            report["reconstruction_error"], rel=1e-4
+        )  # the records are of the same thing
 
 
 def test_seed_decides(tokenizer, x):
@@ -100,9 +125,11 @@ def test_save_and_load(tokenizer, x, tmp_path):
     again = load_tokenizer(folder)
     new = x + np.float32(0.001)
     assert type(again) is type(tokenizer) and repr(again) == repr(tokenizer)
-    assert np.array_equal(again.encode(new), tokenizer.encode(new)) and np.array_equal(again.encode(x), tokenizer.semantic_ids)
+    assert np.array_equal(again.encode(new), tokenizer.encode(new)) and np.array_equal(
+        again.encode(x), tokenizer.semantic_ids
+    )
     assert again.report() == tokenizer.report() and again.history == tokenizer.history
-    with pytest.raises(DataError, match="holds a tokenizer already. Give another path, or overwrite=True"):
+    with pytest.raises(DataError, match=r"holds a tokenizer already. Give another path, or overwrite=True"):
         tokenizer.save(folder)
     tokenizer.save(folder, overwrite=True)
 
@@ -129,7 +156,7 @@ def test_hierarchical_codes_depend_on_their_prefix(x):
     z, codes = tokenizer._standardise(torch.from_numpy(x)).numpy(), tokenizer.codes(x)
     for prefix in range(6):
         rows = codes[:, 0] == prefix
-        table = tokenizer._centroids[1][tokenizer._starts[1][prefix]:tokenizer._starts[1][prefix + 1]].numpy()
+        table = tokenizer._centroids[1][tokenizer._starts[1][prefix] : tokenizer._starts[1][prefix + 1]].numpy()
         nearest = ((z[rows, None] - table) ** 2).sum(-1).argmin(1)
         assert np.array_equal(codes[rows, 1], nearest)
 
@@ -148,27 +175,34 @@ def test_fewer_different_items_than_codewords(kind, x):
 
 @pytest.mark.parametrize("estimator", ["rotation", "ste", "reflection"])
 def test_rqvae_learns_and_keeps_its_codebooks_in_use(estimator, x):
-    tokenizer = RQVAETokenizer(3, 16, latent_dim=8, hidden=[32], epochs=20, lr=1e-2, batch_size=100, estimator=estimator).fit(x)
+    tokenizer = RQVAETokenizer(
+        3, 16, latent_dim=8, hidden=[32], epochs=20, lr=1e-2, batch_size=100, estimator=estimator
+    ).fit(x)
     report, history = tokenizer.report(), tokenizer.history
     assert [record["epoch"] for record in history] == list(range(1, 21))
     assert history[-1]["reconstruction_loss"] < 0.6 * history[0]["reconstruction_loss"]
     assert report["reconstruction_error"] < 0.5 and min(report["usage"]) > 0.8
     assert len(history[-1]["usage"]) == len(history[-1]["perplexity"]) == 3
     state = torch.random.get_rng_state()
-    again = RQVAETokenizer(3, 16, latent_dim=8, hidden=[32], epochs=20, lr=1e-2, batch_size=100, estimator=estimator).fit(x)
+    again = RQVAETokenizer(
+        3, 16, latent_dim=8, hidden=[32], epochs=20, lr=1e-2, batch_size=100, estimator=estimator
+    ).fit(x)
     assert np.array_equal(again.semantic_ids, tokenizer.semantic_ids)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's random numbers stay as they were
 
 
 def test_rqvae_on_few_items_and_bad_settings(x):
     tokenizer = RQVAETokenizer(2, 256, latent_dim=4, hidden=[8], epochs=3).fit(x[:9])
-    assert tokenizer.codebook_sizes[:2] == [8, 8] and "8 codewords a level instead of 256" in tokenizer.report()["notes"][0]
+    assert (
+        tokenizer.codebook_sizes[:2] == [8, 8]
+        and "8 codewords a level instead of 256" in tokenizer.report()["notes"][0]
+    )
     assert len(np.unique(tokenizer.semantic_ids, axis=0)) == 9
-    with pytest.raises(ValueError, match="estimator='gumbel' is unknown. Use 'rotation'"):
+    with pytest.raises(ValueError, match=r"estimator='gumbel' is unknown. Use 'rotation'"):
         RQVAETokenizer(estimator="gumbel")
-    with pytest.raises(ValueError, match="epochs=0 is not a whole number"):
+    with pytest.raises(ValueError, match=r"epochs=0 is not a whole number"):
         RQVAETokenizer(epochs=0)
-    with pytest.raises(FloatingPointError, match="Use a smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"Use a smaller lr"):
         RQVAETokenizer(2, 8, latent_dim=4, hidden=[8], epochs=20, lr=1e12).fit(x)
 
 
@@ -179,44 +213,56 @@ def test_random_codes_are_uniform_and_ignore_the_embedding():
 
 
 def test_bad_input(x, tmp_path):
-    with pytest.raises(ValueError, match="levels=0 is not a whole number from 1"):
+    with pytest.raises(ValueError, match=r"levels=0 is not a whole number from 1"):
         ResidualKMeansTokenizer(levels=0)
-    with pytest.raises(ValueError, match="codebook_size=2.5"):
+    with pytest.raises(ValueError, match=r"codebook_size=2.5"):
         ResidualKMeansTokenizer(codebook_size=2.5)
     tokenizer = ResidualKMeansTokenizer(2, 4)
-    for use in (lambda: tokenizer.encode(x), lambda: tokenizer.semantic_ids, tokenizer.report, lambda: tokenizer.save(tmp_path)):
-        with pytest.raises(RuntimeError, match="is not fitted. Call fit"):
+    for use in (
+        lambda: tokenizer.encode(x),
+        lambda: tokenizer.semantic_ids,
+        tokenizer.report,
+        lambda: tokenizer.save(tmp_path),
+    ):
+        with pytest.raises(RuntimeError, match=r"is not fitted. Call fit"):
             use()
-    for bad, message in ((x[0], r"of shape \[16\]; floats of shape \[N, D\]"), (x.astype(int), "torch.int64 of shape"),
-                         (x[:0], "no rows"), (np.where(x == x[4, 4], np.nan, x), "row 4 holds NaN")):
+    for bad, message in (
+        (x[0], r"of shape \[16\]; floats of shape \[N, D\]"),
+        (x.astype(int), "torch.int64 of shape"),
+        (x[:0], "no rows"),
+        (np.where(x == x[4, 4], np.nan, x), "row 4 holds NaN"),
+    ):
         with pytest.raises(DataError, match=message):
             tokenizer.fit(bad)
     tokenizer.fit(x)
-    with pytest.raises(DataError, match="15 features, but the tokenizer was fitted on 16"):
+    with pytest.raises(DataError, match=r"15 features, but the tokenizer was fitted on 16"):
         tokenizer.encode(x[:, :15])
     assert tokenizer.encode(x[:0]).shape == (0, 3)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is a file; a folder is needed"):
+    with pytest.raises(DataError, match=r"is a file; a folder is needed"):
         tokenizer.save(tmp_path / "file")
 
 
 def test_damaged_files(x, tmp_path):
     folder = ResidualKMeansTokenizer(2, 4).fit(x).save(tmp_path / "t")
-    with pytest.raises(DataError, match="tokenizer.json and tokenizer.safetensors missing"):
+    with pytest.raises(DataError, match=r"tokenizer.json and tokenizer.safetensors missing"):
         load_tokenizer(tmp_path)
     config, tensors = folder / "tokenizer.json", folder / "tokenizer.safetensors"
     text, data = config.read_text(), tensors.read_bytes()
-    for content, message in (("{", "not a tokenizer's description"), ("[]", "not a tokenizer's description"),
-                             (text.replace('"format": 1', '"format": 9'), "format 9"),
-                             (text.replace("residual-kmeans", "magic"), "kind 'magic'; this version reads"),
-                             (text.replace('"levels": 2', '"levels": 3'), "do not describe a residual-kmeans"),
-                             (text.replace('"levels"', '"layers"'), "do not describe a residual-kmeans")):
+    for content, message in (
+        ("{", "not a tokenizer's description"),
+        ("[]", "not a tokenizer's description"),
+        (text.replace('"format": 1', '"format": 9'), "format 9"),
+        (text.replace("residual-kmeans", "magic"), "kind 'magic'; this version reads"),
+        (text.replace('"levels": 2', '"levels": 3'), "do not describe a residual-kmeans"),
+        (text.replace('"levels"', '"layers"'), "do not describe a residual-kmeans"),
+    ):
         config.write_text(content)
         with pytest.raises(DataError, match=message):
             load_tokenizer(folder)
     config.write_text(text)
     tensors.write_bytes(data[:-4])
-    with pytest.raises(DataError, match="damaged, or not the file that belongs to tokenizer.json"):
+    with pytest.raises(DataError, match=r"damaged, or not the file that belongs to tokenizer.json"):
         load_tokenizer(folder)
     tensors.write_bytes(data)
     load_tokenizer(folder)

@@ -3,12 +3,13 @@
 A data folder holds
 
 * ``sequences.txt`` or ``sequences.txt.gz``: one line a user, ``user item item ...``, oldest item first;
-* ``items.csv`` or ``items.csv.gz``: a header, then one row an item, ``item_id`` first and text columns after it. Item ids are
-  1 to the number of items, each once. A column ``title`` names the item (else the first text column does). A column ``text``
-  is the item's whole text (else all text columns together are);
-* ``embeddings.npy``, if wanted: a float array [items, D], row = item_id - 1. Without a file of that name, the folder's only
-  ``.npy`` file is taken.
+* ``items.csv`` or ``items.csv.gz``: a header, then one row an item, ``item_id`` first and text columns after it. Item
+  ids are 1 to the number of items, each once. A column ``title`` names the item (else the first text column does). A
+  column ``text`` is the item's whole text (else all text columns together are);
+* ``embeddings.npy``, if wanted: a float array [items, D], row = item_id - 1. Without a file of that name, the folder's
+  only ``.npy`` file is taken.
 """
+
 from __future__ import annotations
 
 import csv
@@ -34,8 +35,9 @@ class DataError(ValueError):
 class Catalogue:
     """Items and the users' histories over them.
 
-    ``sequences``: one int64 array of item ids a user, oldest first, ids from 1. ``users``: their names, in the same order.
-    ``num_items``: N. ``item_texts``, ``item_titles``: N strings, index = item id - 1. ``embeddings``: float32 [N, D] or None.
+    ``sequences``: one int64 array of item ids a user, oldest first, ids from 1. ``users``: their names, in the same
+    order. ``num_items``: N. ``item_texts``, ``item_titles``: N strings, index = item id - 1. ``embeddings``: float32
+    [N, D] or None.
     """
 
     sequences: list[np.ndarray]
@@ -51,20 +53,23 @@ class Catalogue:
         return sum(len(sequence) for sequence in self.sequences)
 
     def __str__(self) -> str:
-        return (f"{self.name}: {len(self.users):,} users, {self.num_items:,} items, "
-                f"{self.num_interactions:,} interactions")
+        return (
+            f"{self.name}: {len(self.users):,} users, {self.num_items:,} items, {self.num_interactions:,} interactions"
+        )
 
 
 def load_folder(path, items_only: bool = False) -> Catalogue:
     """Read a data folder (see the module's head). With ``items_only`` the sequences may be missing and stay empty.
 
-    Raises DataError, naming file and line, for anything that is missing or malformed. Warns when nearly every sequence is
-    sorted by item id: some published files have lost the order in time that way.
+    Raises DataError, naming file and line, for anything that is missing or malformed. Warns when nearly every sequence
+    is sorted by item id: some published files have lost the order in time that way.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. A data folder holds sequences.txt[.gz] and items.csv[.gz], "
-                        "and embeddings.npy if wanted")
+        raise DataError(
+            f"{folder}: no such folder. A data folder holds sequences.txt[.gz] and items.csv[.gz], "
+            "and embeddings.npy if wanted"
+        )
     texts, titles = _read_items(_find(folder, "items.csv"))
     users, sequences = [], []
     if not items_only:
@@ -77,7 +82,8 @@ def load_folder(path, items_only: bool = False) -> Catalogue:
 def save_folder(catalogue: Catalogue, path, overwrite: bool = False) -> Path:
     """Write a catalogue as a data folder and return its path. Each file appears complete or not at all.
 
-    Refuses a folder that is not empty unless ``overwrite``, which replaces the data files in it and leaves others alone.
+    Refuses a folder that is not empty unless ``overwrite``, which replaces the data files in it and leaves others
+    alone.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -86,12 +92,16 @@ def save_folder(catalogue: Catalogue, path, overwrite: bool = False) -> Path:
         raise DataError(f"{folder} is not empty. Give another path, or overwrite=True to replace the data files in it")
     for user in catalogue.users:
         if not user or any(character.isspace() for character in user):
-            raise DataError(f"user name {user!r}: names in sequences.txt are not empty and hold no white space. Rename the user")
+            raise DataError(
+                f"user name {user!r}: names in sequences.txt are not empty and hold no white space. Rename the user"
+            )
     items = io.StringIO()
     rows = csv.writer(items, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     rows.writerow(["item_id", "title", "text"])
-    rows.writerows([i, title, text] for i, (title, text) in enumerate(zip(catalogue.item_titles, catalogue.item_texts), 1))
-    lines = (f"{user} {' '.join(map(str, sequence))}\n" for user, sequence in zip(catalogue.users, catalogue.sequences))
+    ids = range(1, catalogue.num_items + 1)
+    rows.writerows(zip(ids, catalogue.item_titles, catalogue.item_texts, strict=True))
+    histories = zip(catalogue.users, catalogue.sequences, strict=True)
+    lines = (f"{user} {' '.join(map(str, sequence))}\n" for user, sequence in histories)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "items.csv", items.getvalue().encode())
     write_atomic(folder / "sequences.txt", "".join(lines).encode())
@@ -128,8 +138,10 @@ def read_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as a .npy array of numbers ({error}). Pickled objects are refused; "
-                        "write it with numpy.save(path, array, allow_pickle=False)") from None
+        raise DataError(
+            f"{path}: cannot be read as a .npy array of numbers ({error}). Pickled objects are refused; "
+            "write it with numpy.save(path, array, allow_pickle=False)"
+        ) from None
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -152,8 +164,10 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8. Convert the file to UTF-8") from None
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8. Convert the file to UTF-8"
+        ) from None
 
 
 def _read_items(path: Path) -> tuple[list[str], list[str]]:
@@ -164,8 +178,10 @@ def _read_items(path: Path) -> tuple[list[str], list[str]]:
     try:
         header = [column.strip() for column in next(reader, [])]
         if len(header) < 2 or header[0] != "item_id" or len(set(header)) != len(header):
-            raise DataError(f"{path}:1: the header is {','.join(header)!r}; it must be item_id and then at least one text "
-                            "column, each name once, as in 'item_id,title,brand'")
+            raise DataError(
+                f"{path}:1: the header is {','.join(header)!r}; it must be item_id and then at least one text "
+                "column, each name once, as in 'item_id,title,brand'"
+            )
         title_at = header.index("title") if "title" in header else 1
         text_at = header.index("text") if "text" in header else None
         line = reader.line_num + 1
@@ -178,22 +194,30 @@ def _read_items(path: Path) -> tuple[list[str], list[str]]:
                 texts[item] = whole or titles[item]
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not a CSV row ({error}). Quote fields that hold commas, quotes or line ends") from None
+        raise DataError(
+            f"{path}:{line}: not a CSV row ({error}). Quote fields that hold commas, quotes or line ends"
+        ) from None
     if not texts:
         raise DataError(f"{path}: no items. Give at least one row under the header")
     missing = next((item for item in range(1, len(texts) + 1) if item not in texts), None)
     if missing is not None:
-        raise DataError(f"{path}: {len(texts)} items, so their ids must be 1 to {len(texts)}, but {missing} is missing and "
-                        f"{max(texts)} is there. Number the items from 1 without gaps")
+        raise DataError(
+            f"{path}: {len(texts)} items, so their ids must be 1 to {len(texts)}, but {missing} is missing and "
+            f"{max(texts)} is there. Number the items from 1 without gaps"
+        )
     return [texts[item] for item in range(1, len(texts) + 1)], [titles[item] for item in range(1, len(texts) + 1)]
 
 
 def _check_item(path: Path, line: int, row: list[str], header: list[str], seen: dict[int, str]) -> None:
     if len(row) != len(header):
-        raise DataError(f"{path}:{line}: {len(row)} columns, but the header has {len(header)} ({','.join(header)}). "
-                        "Quote fields that hold commas")
+        raise DataError(
+            f"{path}:{line}: {len(row)} columns, but the header has {len(header)} ({','.join(header)}). "
+            "Quote fields that hold commas"
+        )
     if not (row[0] and DIGITS.issuperset(row[0])) or int(row[0]) == 0:
-        raise DataError(f"{path}:{line}: item_id {row[0]!r} is not a whole number from 1. Number the items from 1 without gaps")
+        raise DataError(
+            f"{path}:{line}: item_id {row[0]!r} is not a whole number from 1. Number the items from 1 without gaps"
+        )
     if int(row[0]) in seen:
         raise DataError(f"{path}:{line}: item_id {row[0]} is there twice. Give each item one row")
 
@@ -208,18 +232,26 @@ def _read_sequences(path: Path, num_items: int) -> tuple[list[str], list[np.ndar
         user, *items = line.split() or [""]
         if not items:
             given = f"user {user!r} has no items" if user else "the line is empty"
-            raise DataError(f"{path}:{number}: {given}. A line is 'user item item ...' with at least one item; remove it")
+            raise DataError(
+                f"{path}:{number}: {given}. A line is 'user item item ...' with at least one item; remove it"
+            )
         if user in users:
-            raise DataError(f"{path}:{number}: user {user!r} was already on line {users[user]}. Give each user one line")
+            raise DataError(
+                f"{path}:{number}: user {user!r} was already on line {users[user]}. Give each user one line"
+            )
         if not DIGITS.issuperset("".join(items)):
             wrong = next(item for item in items if not DIGITS.issuperset(item))
-            raise DataError(f"{path}:{number}: item {wrong!r} is not a whole number. A line is 'user item item ...', "
-                            "with item ids as in items.csv")
+            raise DataError(
+                f"{path}:{number}: item {wrong!r} is not a whole number. A line is 'user item item ...', "
+                "with item ids as in items.csv"
+            )
         sequence = list(map(int, items))
         if min(sequence) < 1 or max(sequence) > num_items:
             wrong = next(item for item in sequence if not 1 <= item <= num_items)
-            raise DataError(f"{path}:{number}: item {wrong} is unknown: items.csv has ids 1 to {num_items}. "
-                            "Add the item there or take it out of the sequence")
+            raise DataError(
+                f"{path}:{number}: item {wrong} is unknown: items.csv has ids 1 to {num_items}. "
+                "Add the item there or take it out of the sequence"
+            )
         users[user] = number
         sequences.append(np.array(sequence, np.int64))
     if not sequences:
@@ -231,8 +263,11 @@ def _warn_if_sorted(folder: Path, sequences: list[np.ndarray]) -> None:
     long = [sequence for sequence in sequences if len(sequence) >= 3]
     rising = sum(bool((np.diff(sequence) >= 0).all()) for sequence in long)
     if len(long) >= 20 and rising > 0.9 * len(long):
-        warnings.warn(f"{folder}: {rising} of {len(long)} sequences are sorted by item id. The order in time seems to be lost; "
-                      "next-item scores on such data mean little", stacklevel=3)
+        warnings.warn(
+            f"{folder}: {rising} of {len(long)} sequences are sorted by item id. The order in time seems to be lost; "
+            "next-item scores on such data mean little",
+            stacklevel=3,
+        )
 
 
 def _read_embeddings(folder: Path, num_items: int) -> np.ndarray | None:
@@ -240,8 +275,10 @@ def _read_embeddings(folder: Path, num_items: int) -> np.ndarray | None:
     if not path.is_file():
         others = sorted(folder.glob("*.npy"))
         if len(others) > 1:
-            raise DataError(f"{folder}: {len(others)} .npy files ({', '.join(file.name for file in others)}) and none is called "
-                            "embeddings.npy. Rename the one to use")
+            raise DataError(
+                f"{folder}: {len(others)} .npy files ({', '.join(file.name for file in others)}) and none is called "
+                "embeddings.npy. Rename the one to use"
+            )
         if not others:
             return None
         path = others[0]
@@ -249,11 +286,14 @@ def _read_embeddings(folder: Path, num_items: int) -> np.ndarray | None:
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise DataError(f"{path}: {array.dtype} array of shape {list(array.shape)}; a float array [items, D] is needed")
     if len(array) != num_items:
-        raise DataError(f"{path}: {len(array)} rows, but items.csv has {num_items} items. Give one row an item, "
-                        "row = item_id - 1")
+        raise DataError(
+            f"{path}: {len(array)} rows, but items.csv has {num_items} items. Give one row an item, row = item_id - 1"
+        )
     array = np.ascontiguousarray(array, np.float32)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
-        raise DataError(f"{path}: row {bad[0]} (item {bad[0] + 1}) holds NaN or infinity, and so do {len(bad) - 1} other rows. "
-                        "Embeddings must be finite")
+        raise DataError(
+            f"{path}: row {bad[0]} (item {bad[0] + 1}) holds NaN or infinity, and so do {len(bad) - 1} other rows. "
+            "Embeddings must be finite"
+        )
     return array

@@ -1,4 +1,5 @@
 """Fashion-MNIST from Debian's package, and a small subset of it that comes with this package."""
+
 from __future__ import annotations
 
 import gzip
@@ -22,11 +23,12 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 def fashion_mnist(cache_dir=None, limit: int | None = None, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Fashion-MNIST: uint8 images [N, 28, 28] and int64 labels [N] (names in ``CLASSES``), the first ``limit`` of a split.
+    """Fashion-MNIST: uint8 images [N, 28, 28] and int64 labels [N] (names in ``CLASSES``), the first ``limit`` of a
+    split.
 
-    ``split``: "train" (60,000) or "test" (10,000). Read from Debian's package dataset-fashion-mnist (MIT licence): where
-    it is installed, else from ``cache_dir`` (default ``~/.cache/vqkernels``), where the first call puts it with apt-get, no
-    root needed. DataError says how to get it elsewhere; ``fashion_mnist_subset`` needs nothing.
+    ``split``: "train" (60,000) or "test" (10,000). Read from Debian's package dataset-fashion-mnist (MIT licence):
+    where it is installed, else from ``cache_dir`` (default ``~/.cache/vqkernels``), where the first call puts it with
+    apt-get, no root needed. DataError says how to get it elsewhere; ``fashion_mnist_subset`` needs nothing.
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown. Use 'train' or 'test'")
@@ -43,13 +45,15 @@ def fashion_mnist(cache_dir=None, limit: int | None = None, split: str = "train"
 
 
 def fashion_mnist_subset() -> tuple[np.ndarray, np.ndarray]:
-    """800 images of Fashion-MNIST's test split, 80 of each class: uint8 [800, 28, 28] and int64 labels [800]. Works offline."""
+    """800 images of Fashion-MNIST's test split, 80 of each class: uint8 [800, 28, 28] and int64 labels [800]. Works
+    offline."""
     with np.load(Path(__file__).with_name("fashion_mnist_subset.npz"), allow_pickle=False) as arrays:
         return arrays["images"], arrays["labels"].astype(np.int64)
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An idx file: two zero bytes, the type (8 = uint8), the number of dimensions, each as a big-endian uint32, the data."""
+    """An idx file: two zero bytes, the type (8 = uint8), the number of dimensions, each as a big-endian uint32, the
+    data."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -61,15 +65,21 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _fetch(folder: Path) -> None:
-    how = (f"On Debian or Ubuntu run 'apt-get install {DEBIAN_PACKAGE}'; elsewhere put the four files "
-           f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz of Fashion-MNIST into {folder}; "
-           "or use fashion_mnist_subset(), which comes with the package")
+    how = (
+        f"On Debian or Ubuntu run 'apt-get install {DEBIAN_PACKAGE}'; elsewhere put the four files "
+        f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz of Fashion-MNIST into {folder}; "
+        "or use fashion_mnist_subset(), which comes with the package"
+    )
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise DataError(f"Fashion-MNIST is neither in {INSTALLED} nor in {folder}, and there is no apt-get to fetch it. {how}")
+        raise DataError(
+            f"Fashion-MNIST is neither in {INSTALLED} nor in {folder}, and there is no apt-get to fetch it. {how}"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         print(f"fetching Fashion-MNIST (package {DEBIAN_PACKAGE}, 31 MB) ...", file=sys.stderr)
         os.chmod(temporary, 0o755)  # apt-get drops its privileges to fetch and would warn
-        result = subprocess.run(["apt-get", "download", "-qq", DEBIAN_PACKAGE], cwd=temporary, capture_output=True, text=True)
+        result = subprocess.run(
+            ["apt-get", "download", "-qq", DEBIAN_PACKAGE], cwd=temporary, capture_output=True, text=True
+        )
         packages = list(Path(temporary).glob("*.deb"))
         if result.returncode == 0 and packages:
             result = subprocess.run(["dpkg", "-x", packages[0], temporary], capture_output=True, text=True)

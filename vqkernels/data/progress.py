@@ -1,4 +1,5 @@
 """One progress bar for everything that takes longer than a moment."""
+
 from __future__ import annotations
 
 import contextlib

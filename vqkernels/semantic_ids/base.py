@@ -1,4 +1,5 @@
 """What all tokenizers share: fitting on a catalogue's embeddings, encoding, reports, saving and loading."""
+
 from __future__ import annotations
 
 import hashlib
@@ -23,12 +24,12 @@ KINDS: dict[str, type[Tokenizer]] = {}
 class Tokenizer:
     """Turns item embeddings into semantic IDs: ``levels`` codes an item, and one digit that tells equal codes apart.
 
-    ``fit(embeddings)`` makes the codebooks and the items' IDs; ``semantic_ids`` int64 [N, levels + 1] are these (row = item
-    id - 1), ``codebook_sizes`` how many values each column has, ``history`` the records of the training, one dict a step or
-    level, and ``report()`` what came out. Embeddings are standardised: each feature's mean is taken off, and all are divided by one
-    number that makes the mean variance 1. One number, because a feature's scale says how much it means: a scale of its own for
-    each would turn the last components of an SVD, or dead features, into noise as strong as the first. The same seed gives
-    the same IDs. All devices work; results lie on the CPU.
+    ``fit(embeddings)`` makes the codebooks and the items' IDs; ``semantic_ids`` int64 [N, levels + 1] are these (row =
+    item id - 1), ``codebook_sizes`` how many values each column has, ``history`` the records of the training, one dict
+    a step or level, and ``report()`` what came out. Embeddings are standardised: each feature's mean is taken off, and
+    all are divided by one number that makes the mean variance 1. One number, because a feature's scale says how much it
+    means: a scale of its own for each would turn the last components of an SVD, or dead features, into noise as strong
+    as the first. The same seed gives the same IDs. All devices work; results lie on the CPU.
     """
 
     kind: str
@@ -110,9 +111,10 @@ class Tokenizer:
     def encode(self, x):
         """IDs of embeddings [N, D]: int64 [N, levels + 1], an array, or a tensor on x's device if x is one.
 
-        A row that was fitted gets its item's ID (equal rows, in their order, those of the items they came from). Any other is a
-        new item: its level codes, and the next digit that is free after the fitted items and the new ones before it in x. So
-        encode all new items in one call, and expect digits beyond ``codebook_sizes[-1]`` where a group of equal codes grows.
+        A row that was fitted gets its item's ID (equal rows, in their order, those of the items they came from). Any
+        other is a new item: its level codes, and the next digit that is free after the fitted items and the new ones
+        before it in x. So encode all new items in one call, and expect digits beyond ``codebook_sizes[-1]`` where a
+        group of equal codes grows.
         """
         self._need_fit()
         rows = _rows("x", x, len(self._mean))
@@ -122,7 +124,7 @@ class Tokenizer:
         new = np.flatnonzero(fitted < 0)
         if len(new):
             codes = self._codes(self._standardise(rows[torch.from_numpy(new).to(rows.device)])).cpu().numpy()
-            ids[new] = add_digit(np.concatenate([self._ids[:, :-1], codes]))[-len(new):]
+            ids[new] = add_digit(np.concatenate([self._ids[:, :-1], codes]))[-len(new) :]
         return torch.from_numpy(ids).to(x.device) if isinstance(x, Tensor) else ids
 
     def codes(self, x):
@@ -132,10 +134,11 @@ class Tokenizer:
     def report(self) -> dict:
         """What came out of fitting N items.
 
-        ``unique_fraction``, ``collision_rate``, ``largest_group`` as in ``collision_report``; a list with one number a level for
-        ``codebook_sizes``, ``usage`` (share of the codewords that some item has), ``perplexity`` and ``entropy`` (nats) of that use;
-        ``reconstruction_error``: mean squared error of the standardised features, so 1 is no better than the mean (None for
-        random codes); ``train_seconds``; ``notes``: list of what is worth knowing, such as codebooks smaller than asked for.
+        ``unique_fraction``, ``collision_rate``, ``largest_group`` as in ``collision_report``; a list with one number a
+        level for ``codebook_sizes``, ``usage`` (share of the codewords that some item has), ``perplexity`` and
+        ``entropy`` (nats) of that use; ``reconstruction_error``: mean squared error of the standardised features, so 1
+        is no better than the mean (None for random codes); ``train_seconds``; ``notes``: list of what is worth knowing,
+        such as codebooks smaller than asked for.
         """
         self._need_fit()
         return dict(self._report)
@@ -148,12 +151,22 @@ class Tokenizer:
             raise DataError(f"{folder} is a file; a folder is needed. Give another path")
         if (folder / CONFIG).exists() and not overwrite:
             raise DataError(f"{folder} holds a tokenizer already. Give another path, or overwrite=True to replace it")
-        state = {"mean": self._mean, "scale": self._scale, "semantic_ids": torch.from_numpy(self._ids),
-                 "fingerprints": torch.from_numpy(self._fingerprints)}
+        state = {
+            "mean": self._mean,
+            "scale": self._scale,
+            "semantic_ids": torch.from_numpy(self._ids),
+            "fingerprints": torch.from_numpy(self._fingerprints),
+        }
         state |= {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in self._state().items()}
         data = _safetensors().save(state)
-        config = {"format": FORMAT, "kind": self.kind, "arguments": self._config(), "report": self._report,
-                  "history": self.history, "sha256": hashlib.sha256(data).hexdigest()}
+        config = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "arguments": self._config(),
+            "report": self._report,
+            "history": self.history,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / TENSORS, data)
         write_atomic(folder / CONFIG, json.dumps(config, indent=1).encode())
@@ -164,14 +177,16 @@ class Tokenizer:
 
     def _need_fit(self) -> None:
         if self._ids is None:
-            raise RuntimeError(f"this {type(self).__name__} is not fitted. Call fit(embeddings) first, or load_tokenizer(folder)")
+            raise RuntimeError(
+                f"this {type(self).__name__} is not fitted. Call fit(embeddings) first, or load_tokenizer(folder)"
+            )
 
     def _standardise(self, x: Tensor) -> Tensor:
         return (x - self._mean.to(x.device)) / self._scale.to(x.device)
 
     def _make_report(self, z: Tensor, codes: Tensor, seconds: float) -> dict:
         sizes = self._level_sizes()
-        use = [codebook_usage(column, size) for column, size in zip(codes.T, sizes)]
+        use = [codebook_usage(column, size) for column, size in zip(codes.T, sizes, strict=True)]
         reconstruction = self._reconstruct(z)
         error = None if reconstruction is None else float((z - reconstruction).double().square().mean())
         return collision_report(codes.numpy()) | {
@@ -196,13 +211,19 @@ def load_tokenizer(path) -> Tokenizer:
         version, kind, arguments = config["format"], config["kind"], config["arguments"]
         report, history, expected = config["report"], config["history"], config["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / CONFIG}: not a tokenizer's description ({error!r}). Save the tokenizer again") from None
+        raise DataError(
+            f"{folder / CONFIG}: not a tokenizer's description ({error!r}). Save the tokenizer again"
+        ) from None
     if version != FORMAT or kind not in KINDS:
-        raise DataError(f"{folder / CONFIG}: format {version!r}, kind {kind!r}; this version reads format {FORMAT} and the kinds "
-                        f"{', '.join(KINDS)}. Fit the tokenizer again, or use the version that saved it")
+        raise DataError(
+            f"{folder / CONFIG}: format {version!r}, kind {kind!r}; this version reads format {FORMAT} and the kinds "
+            f"{', '.join(KINDS)}. Fit the tokenizer again, or use the version that saved it"
+        )
     data = (folder / TENSORS).read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
-        raise DataError(f"{folder / TENSORS}: damaged, or not the file that belongs to {CONFIG}. Save the tokenizer again")
+        raise DataError(
+            f"{folder / TENSORS}: damaged, or not the file that belongs to {CONFIG}. Save the tokenizer again"
+        )
     try:
         state = _safetensors().load(data)
         tokenizer = KINDS[kind](**arguments)
@@ -211,7 +232,9 @@ def load_tokenizer(path) -> Tokenizer:
         tokenizer._report, tokenizer.history, tokenizer.notes = report, history, report["notes"]
         tokenizer._restore({name.removeprefix("model."): tensor for name, tensor in state.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder}: its two files do not describe a {kind} tokenizer ({error!r}). Save it again") from None
+        raise DataError(
+            f"{folder}: its two files do not describe a {kind} tokenizer ({error!r}). Save it again"
+        ) from None
     return tokenizer
 
 
@@ -227,20 +250,28 @@ def _rows(name: str, x, features: int | None = None) -> Tensor:
     """Embeddings as a float32 tensor [N, D], checked."""
     x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
     if not x.is_floating_point() or x.dim() != 2 or x.shape[1] == 0:
-        raise DataError(f"{name}: {x.dtype} of shape {list(x.shape)}; floats of shape [N, D] are needed, one row an item")
+        raise DataError(
+            f"{name}: {x.dtype} of shape {list(x.shape)}; floats of shape [N, D] are needed, one row an item"
+        )
     if features is not None and x.shape[1] != features:
-        raise DataError(f"{name}: {x.shape[1]} features, but the tokenizer was fitted on {features}. Use the same embedding model")
+        raise DataError(
+            f"{name}: {x.shape[1]} features, but the tokenizer was fitted on {features}. Use the same embedding model"
+        )
     bad = (~x.isfinite().all(1)).nonzero().flatten()
     if len(bad):
-        raise DataError(f"{name}: row {int(bad[0])} holds NaN or infinity, and so do {len(bad) - 1} other rows. "
-                        "Embeddings must be finite")
+        raise DataError(
+            f"{name}: row {int(bad[0])} holds NaN or infinity, and so do {len(bad) - 1} other rows. "
+            "Embeddings must be finite"
+        )
     return x.float()
 
 
 def _fingerprints(x: Tensor) -> np.ndarray:
     """One int64 a row that tells rows apart, by their bits (-0 counts as 0)."""
     rows = np.ascontiguousarray((x + 0.0).cpu().numpy())
-    return np.array([int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little", signed=True) for row in rows], np.int64)
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little", signed=True) for row in rows], np.int64
+    )
 
 
 def _numbered(values: np.ndarray):

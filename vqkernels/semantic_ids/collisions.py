@@ -1,4 +1,5 @@
 """Items that get the same codes: counted, and told apart by one more digit."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,7 +8,8 @@ import numpy as np
 def add_digit(codes: np.ndarray) -> np.ndarray:
     """Append a column that makes the rows unique: int64 [N, L] -> int64 [N, L + 1].
 
-    The first row of a group with equal codes gets 0, the next 1 and so on, in row order (TIGER, arXiv 2305.05065, section 3.1).
+    The first row of a group with equal codes gets 0, the next 1 and so on, in row order (TIGER, arXiv 2305.05065,
+    section 3.1).
     """
     codes = np.asarray(codes, np.int64)
     group = _groups(codes)
@@ -19,8 +21,8 @@ def add_digit(codes: np.ndarray) -> np.ndarray:
 
 
 def collision_report(codes: np.ndarray) -> dict:
-    """Of codes [N, L]: ``unique_fraction`` (different codes / items), ``collision_rate`` (share of the items whose codes another
-    item has too) and ``largest_group`` (most items with the same codes)."""
+    """Of codes [N, L]: ``unique_fraction`` (different codes / items), ``collision_rate`` (share of the items whose
+    codes another item has too) and ``largest_group`` (most items with the same codes)."""
     sizes = np.bincount(_groups(np.asarray(codes)))
     return {
         "unique_fraction": float(len(sizes) / len(codes)),

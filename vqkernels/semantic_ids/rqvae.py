@@ -1,4 +1,5 @@
 """Semantic IDs from a trained RQ-VAE."""
+
 from __future__ import annotations
 
 import math
@@ -13,6 +14,7 @@ from ..ops import codebook_usage
 from .base import Tokenizer
 from .tokenizers import distinct
 
+DEFAULT_EPOCHS, LEAST_STEPS = 80, 320
 SEED_ROWS = 1 << 16  # rows that seed the codebooks
 ENCODE_ROWS = 1 << 14  # rows encoded at a time
 
@@ -20,21 +22,33 @@ ENCODE_ROWS = 1 << 14  # rows encoded at a time
 class RQVAETokenizer(Tokenizer):
     """Trains an ``RQVAE`` on the standardised embeddings with AdamW; the IDs are its residual codes.
 
-    ``estimator``: how gradients pass the quantizer: "rotation" (default), "reflection" or "ste". ``latent_dim``, ``hidden``, ``beta``:
-    as in ``RQVAE``. ``epochs``, ``lr``, ``batch_size``: of the training; the loss of each epoch, and the usage and perplexity of
-    its codes (one number a level), are in ``history``. Codebooks are seeded by k-means++ on the encoded items, and codewords that
-    a batch hardly uses move onto other items, so that they stay in use.
+    ``estimator``: how gradients pass the quantizer: "rotation" (default), "reflection" or "ste". ``latent_dim``,
+    ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more where these are fewer than 320 steps), ``lr``,
+    ``batch_size``: of the training; the loss of each epoch, and the usage and perplexity of its codes (one number a
+    level), are in ``history``. Codebooks are seeded by k-means++ on the encoded items, and codewords that a batch
+    hardly uses move onto other items, so that they stay in use.
     """
 
     kind = "rqvae"
 
-    def __init__(self, levels: int = 3, codebook_size: int = 256, seed: int = 0, estimator: str = "rotation", latent_dim: int = 32,
-                 hidden: Sequence[int] = (256, 128), epochs: int = 80, lr: float = 1e-3, batch_size: int = 512, beta: float = 0.25):
+    def __init__(
+        self,
+        levels: int = 3,
+        codebook_size: int = 256,
+        seed: int = 0,
+        estimator: str = "rotation",
+        latent_dim: int = 32,
+        hidden: Sequence[int] = (256, 128),
+        epochs: int | None = None,
+        lr: float = 1e-3,
+        batch_size: int = 512,
+        beta: float = 0.25,
+    ):
         super().__init__(levels, codebook_size, seed)
         if estimator not in ("rotation", "reflection", "ste"):
             raise ValueError(f"estimator={estimator!r} is unknown. Use 'rotation', 'reflection' or 'ste'")
         for name, value in (("latent_dim", latent_dim), ("epochs", epochs), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if (name, value) != ("epochs", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} is not a whole number from 1")
         self.estimator, self.latent_dim, self.hidden = estimator, latent_dim, tuple(hidden)
         self.epochs, self.lr, self.batch_size, self.beta = epochs, lr, batch_size, beta
@@ -42,7 +56,9 @@ class RQVAETokenizer(Tokenizer):
     def _fit(self, z: Tensor, progress) -> None:
         k = distinct(z, self.codebook_size)
         if k < self.codebook_size:
-            self.notes.append(f"{k} codewords a level instead of {self.codebook_size}, since only so many items are different")
+            self.notes.append(
+                f"{k} codewords a level instead of {self.codebook_size}, since only so many items are different"
+            )
         with torch.random.fork_rng([z.device] if z.is_cuda else []):
             torch.manual_seed(self.seed)
             self._model = self._make(z.shape[1], k, len(z)).to(z.device)
@@ -50,18 +66,27 @@ class RQVAETokenizer(Tokenizer):
         self._model.eval()
 
     def _make(self, dim: int, codebook_size: int, rows: int) -> RQVAE:
-        # a codeword is dead when it gets less than a quarter of its fair share of a batch, and less than one vector in two batches
+        # dead: less than a quarter of a codeword's fair share of a batch, and less than one vector in two batches
         share = min(rows, self.batch_size) / codebook_size
-        return RQVAE(dim, hidden=self.hidden, latent_dim=self.latent_dim, levels=self.levels, codebook_size=codebook_size,
-                     estimator=self.estimator, beta=self.beta, threshold_ema_dead_code=min(0.5, 0.25 * share))
+        return RQVAE(
+            dim,
+            hidden=self.hidden,
+            latent_dim=self.latent_dim,
+            levels=self.levels,
+            codebook_size=codebook_size,
+            estimator=self.estimator,
+            beta=self.beta,
+            threshold_ema_dead_code=min(0.5, 0.25 * share),
+        )
 
     def _train(self, z: Tensor, progress) -> None:
         model = self._model
+        epochs = self.epochs or max(DEFAULT_EPOCHS, LEAST_STEPS // math.ceil(len(z) / self.batch_size))
         optimizer = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=1e-4)
         with torch.no_grad():
             model.quantizer(model.encoder(z[torch.randperm(len(z))[:SEED_ROWS].to(z.device)]))
-        with progress_bar(progress, f"RQ-VAE ({self.estimator})", self.epochs) as advance:
-            for epoch in range(1, self.epochs + 1):
+        with progress_bar(progress, f"RQ-VAE ({self.estimator})", epochs) as advance:
+            for epoch in range(1, epochs + 1):
                 indices, total = [], torch.zeros(3, device=z.device)
                 for rows in torch.randperm(len(z)).to(z.device).split(self.batch_size):
                     out = model(z[rows])
@@ -73,11 +98,21 @@ class RQVAETokenizer(Tokenizer):
                     total += losses * (len(rows) / len(z))
                 loss, reconstruction, commitment = total.tolist()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss became {loss} in epoch {epoch} at lr={self.lr}. Use a smaller lr")
+                    raise FloatingPointError(
+                        f"the loss became {loss} in epoch {epoch} at lr={self.lr}. Use a smaller lr"
+                    )
                 use = codebook_usage(torch.cat(indices), model.quantizer.codebook_size, dim=1)
-                self.history.append({"epoch": epoch, "step": epoch, "loss": loss, "reconstruction_loss": reconstruction,
-                                     "commitment_loss": commitment, "usage": use.used.tolist(),
-                                     "perplexity": use.perplexity.tolist()})
+                self.history.append(
+                    {
+                        "epoch": epoch,
+                        "step": epoch,
+                        "loss": loss,
+                        "reconstruction_loss": reconstruction,
+                        "commitment_loss": commitment,
+                        "usage": use.used.tolist(),
+                        "perplexity": use.perplexity.tolist(),
+                    }
+                )
                 advance(description=f"RQ-VAE ({self.estimator}), reconstruction {reconstruction:.3f}")
 
     def _codes(self, z: Tensor) -> Tensor:
@@ -100,5 +135,12 @@ class RQVAETokenizer(Tokenizer):
         self._model.eval()
 
     def _config(self) -> dict:
-        return super()._config() | {"estimator": self.estimator, "latent_dim": self.latent_dim, "hidden": list(self.hidden),
-                                    "epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size, "beta": self.beta}
+        return super()._config() | {
+            "estimator": self.estimator,
+            "latent_dim": self.latent_dim,
+            "hidden": list(self.hidden),
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "beta": self.beta,
+        }

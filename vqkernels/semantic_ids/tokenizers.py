@@ -1,4 +1,5 @@
 """Tokenizers without an encoder: random codes, residual k-means, hierarchical k-means."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +12,8 @@ from .base import Tokenizer, _fingerprints
 
 
 class RandomTokenizer(Tokenizer):
-    """Codes drawn at random by ``seed``: what semantic IDs must beat. A new item's codes follow from its embedding and the seed."""
+    """Codes drawn at random by ``seed``: what semantic IDs must beat. A new item's codes follow from its embedding and
+    the seed."""
 
     kind = "random"
 
@@ -27,8 +29,8 @@ class RandomTokenizer(Tokenizer):
 
 
 class ResidualKMeansTokenizer(Tokenizer):
-    """k-means, then k-means of what is left of each item, level after level. No training, and published tables have it at or
-    above RQ-VAE.
+    """k-means, then k-means of what is left of each item, level after level. No training, and published tables have it
+    at or above RQ-VAE.
 
     ``iters``: Lloyd iterations a level, after k-means++. A level has at most as many codewords as different residuals.
     """
@@ -45,14 +47,22 @@ class ResidualKMeansTokenizer(Tokenizer):
             for level in range(self.levels):
                 k = distinct(residual, self.codebook_size)
                 if k < self.codebook_size:
-                    self.notes.append(f"level {level + 1}: {k} codewords instead of {self.codebook_size}, since only so many "
-                                      "rows are different there")
+                    self.notes.append(
+                        f"level {level + 1}: {k} codewords instead of {self.codebook_size}, since only so many "
+                        "rows are different there"
+                    )
                 km = kmeans(residual, k, iters=self.iters, seed=self.seed + level)
                 residual = residual - km.centroids[km.indices]
                 self._codebooks.append(km.centroids.cpu())
                 use = codebook_usage(km.indices, k)
-                self.history.append({"step": level + 1, "loss": float(km.inertia / z.numel()), "usage": float(use.used),
-                                     "perplexity": float(use.perplexity)})
+                self.history.append(
+                    {
+                        "step": level + 1,
+                        "loss": float(km.inertia / z.numel()),
+                        "usage": float(use.used),
+                        "perplexity": float(use.perplexity),
+                    }
+                )
                 advance()
 
     def _quantize(self, z: Tensor):
@@ -78,10 +88,12 @@ class ResidualKMeansTokenizer(Tokenizer):
 
 
 class HierarchicalKMeansTokenizer(Tokenizer):
-    """A k-means tree: the items of one prefix are clustered among themselves, so a code means something only after its prefix.
+    """A k-means tree: the items of one prefix are clustered among themselves, so a code means something only after its
+    prefix.
 
-    ``codebook_size`` ** ``levels`` should be near the number of items: a node with fewer different items than ``codebook_size``
-    gets that many children, and deep levels of a wide tree say nothing. ``iters``: Lloyd iterations a node.
+    ``codebook_size`` ** ``levels`` should be near the number of items: a node with fewer different items than
+    ``codebook_size`` gets that many children, and deep levels of a wide tree say nothing. ``iters``: Lloyd iterations a
+    node.
     """
 
     kind = "hierarchical-kmeans"
@@ -108,22 +120,30 @@ class HierarchicalKMeansTokenizer(Tokenizer):
                 self._centroids.append(torch.cat(centroids))
                 self._starts.append(torch.tensor(starts))
                 use = codebook_usage(children - self._starts[-1].to(z.device)[nodes], self._level_size(level))
-                self.history.append({"step": level + 1, "loss": loss / z.numel(), "usage": float(use.used),
-                                     "perplexity": float(use.perplexity)})
+                self.history.append(
+                    {
+                        "step": level + 1,
+                        "loss": loss / z.numel(),
+                        "usage": float(use.used),
+                        "perplexity": float(use.perplexity),
+                    }
+                )
                 nodes = children
                 advance()
         if any(size < self.codebook_size for size in self._level_sizes()):
-            self.notes.append(f"codes in use a level: {self._level_sizes()} of {self.codebook_size}: too few different items under "
-                              "a prefix. Use fewer levels or a smaller codebook_size")
+            self.notes.append(
+                f"codes in use a level: {self._level_sizes()} of {self.codebook_size}: too few different items under "
+                "a prefix. Use fewer levels or a smaller codebook_size"
+            )
 
     def _walk(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(codes [N, levels], node of the last level [N])."""
         codes = torch.empty(len(z), self.levels, dtype=torch.int64, device=z.device)
         nodes = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        for level, (centroids, starts) in enumerate(zip(self._centroids, self._starts)):
+        for level, (centroids, starts) in enumerate(zip(self._centroids, self._starts, strict=True)):
             centroids, starts = centroids.to(z.device), starts.to(z.device)
             for rows in _groups(nodes):
-                first, end = starts[nodes[rows[0]]:][:2].tolist()
+                first, end = starts[nodes[rows[0]] :][:2].tolist()
                 codes[rows, level] = nearest_codeword(z[rows], centroids[first:end])[0]
             nodes = starts[nodes] + codes[:, level]
         return codes, nodes
@@ -141,8 +161,11 @@ class HierarchicalKMeansTokenizer(Tokenizer):
         return [self._level_size(level) for level in range(self.levels)]
 
     def _state(self) -> dict[str, Tensor]:
-        return {f"{name}{level}": table for name, tables in (("centroids", self._centroids), ("starts", self._starts))
-                for level, table in enumerate(tables)}
+        return {
+            f"{name}{level}": table
+            for name, tables in (("centroids", self._centroids), ("starts", self._starts))
+            for level, table in enumerate(tables)
+        }
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         self._centroids = [state[f"centroids{level}"] for level in range(self.levels)]
@@ -156,7 +179,7 @@ def distinct(x: Tensor, most: int) -> int:
     """How many rows are different, ``most`` if there are more."""
     seen = set()
     for start in range(0, len(x), 4096):
-        seen.update(_fingerprints(x[start:start + 4096]).tolist())
+        seen.update(_fingerprints(x[start : start + 4096]).tolist())
         if len(seen) >= most:
             return most
     return len(seen)

@@ -14,20 +14,27 @@
 // Determinism: an element of a sum is added by one task in row order, so threads, chunks and SIMD
 // level change nothing.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
+#include "codeword_sums.h"
 #include "half.h"
 #include "vqk/launch.h"
+#include "vqk/simd.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than this level's registers stay inside this file
 
 namespace vqk::cpu {
 namespace {
+#include "codeword_sums_kernel.h"
+}  // namespace
+
+void add_piece_portable(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
+  add_piece_here(p, piece, sum);
+}
+
+namespace {
 
 constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache lines, accumulators stay in L1
-
-struct Piece {                    // rows of codewords [first, last), columns [begin, end)
-  int64_t first, last, begin, end;
-};
 
 struct Job {
   const CodewordSumsParams& p;
@@ -36,7 +43,8 @@ struct Job {
   std::vector<int64_t> offsets;   // [K+1]: rows of codeword k are rows[offsets[k]:offsets[k+1]]
   std::vector<int64_t> rows;      // row numbers by codeword, in row order
   std::vector<int64_t> bad;       // [chunks]
-  std::vector<Piece> pieces;
+  std::vector<SumPiece> pieces;
+  bool avx2;
 };
 
 void count(void* ctx, int64_t c) {
@@ -59,28 +67,14 @@ void scatter(void* ctx, int64_t c) {
     if (static_cast<uint64_t>(index[n]) < static_cast<uint64_t>(K)) job.rows[next[index[n]]++] = n;
 }
 
-template <class T, class Out>
 void add(void* ctx, int64_t task) {
-  Job& job = *static_cast<Job*>(ctx);
-  const CodewordSumsParams& p = job.p;
-  const Piece piece = job.pieces[task];
-  const int64_t width = piece.end - piece.begin;
-  const T* z = static_cast<const T*>(p.z) + job.h * p.N * p.D + piece.begin;
-  std::vector<double> sum(width);
-  double* s = sum.data();
-  for (int64_t k = piece.first; k < piece.last; ++k) {
-    std::fill(s, s + width, 0.0);
-    for (int64_t i = job.offsets[k]; i < job.offsets[k + 1]; ++i) {
-      const T* row = z + job.rows[i] * p.D;
-      if (i + 4 < job.offsets[piece.last]) {
-        const char* ahead = reinterpret_cast<const char*>(z + job.rows[i + 4] * p.D);
-        for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b);
-      }
-      for (int64_t d = 0; d < width; ++d) s[d] += static_cast<double>(to_float(row[d]));
-    }
-    Out* out = static_cast<Out*>(p.sums) + (job.h * p.K + k) * p.D + piece.begin;
-    for (int64_t d = 0; d < width; ++d) round_to(s[d], out + d);
-  }
+  const Job& job = *static_cast<Job*>(ctx);
+  const SumPiece& piece = job.pieces[task];
+  std::vector<double> sum(piece.end - piece.begin);
+#if defined(__x86_64__)
+  if (job.avx2) return add_piece_avx2(job.p, piece, sum.data());
+#endif
+  add_piece_portable(job.p, piece, sum.data());
 }
 
 // Groups of neighbouring codewords with about `share` rows; the K codewords alone count as a row each.
@@ -91,19 +85,9 @@ void make_pieces(Job& job, int64_t share) {
     int64_t last = k, load = 0;
     while (last < K && (last == k || load < share)) load += job.offsets[last + 1] - job.offsets[last] + 1, ++last;
     const int64_t step = load > 2 * share && last == k + 1 ? kColumns : D;
-    for (int64_t begin = 0; begin < D; begin += step) job.pieces.push_back({k, last, begin, std::min(D, begin + step)});
+    for (int64_t begin = 0; begin < D; begin += step)
+      job.pieces.push_back({job.h, k, last, begin, std::min(D, begin + step), job.offsets.data(), job.rows.data()});
     k = last;
-  }
-}
-
-using Body = void (*)(void*, int64_t);
-
-Body adder(DType type) {
-  switch (type) {
-    case DType::f64: return add<double, double>;
-    case DType::bf16: return add<bf16, float>;
-    case DType::f16: return add<f16, float>;
-    default: return add<float, float>;
   }
 }
 
@@ -113,7 +97,7 @@ void codeword_sums(const CodewordSumsParams& p, const Parallel& parallel) {
   *p.bad = -1;
   const int64_t N = p.N, K = p.K;
   const int64_t chunks = std::clamp<int64_t>(N / std::max<int64_t>(4096, K), 1, parallel.threads);
-  Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}};
+  Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}, simd_level() >= Simd::avx2};
   for (job.h = 0; job.h < p.H; ++job.h) {
     job.bins.assign(chunks * K, 0);
     job.bad.assign(chunks, -1);
@@ -134,7 +118,7 @@ void codeword_sums(const CodewordSumsParams& p, const Parallel& parallel) {
     job.rows.resize(at);
     parallel.run(chunks, scatter, &job);
     make_pieces(job, std::max<int64_t>(256, (at + K) / (8 * parallel.threads)));
-    parallel.run(static_cast<int64_t>(job.pieces.size()), adder(p.dtype), &job);
+    parallel.run(static_cast<int64_t>(job.pieces.size()), add, &job);
   }
 }
 

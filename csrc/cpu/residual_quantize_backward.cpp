@@ -4,8 +4,9 @@
 //   out  dz [H,N,D]; float, double, bf16 or f16
 //
 //   per row, in L1:  z, g from memory; c_l from the codebooks (L2)
-//     q = c_1 + ... + c_Q;  dz = a g + b z + c q   (estimator_kernel.h)
-//     r -= c_l;  dz += scale_l r                   for every level
+//     1. every level:  r -= c_l;  q += c_l;  acc += scale_l r
+//     2. five dots of z, q, g --> a, b, c              (estimator_kernel.h)
+//     3. dz = a g + b z + c q + acc
 //   per_level: the estimator of every level goes from r_{l-1} to c_l instead, and the Jacobians add up.
 //
 // The residuals are recomputed, which costs Q additions an element and saves keeping Q N D values from the
@@ -43,7 +44,7 @@ struct Job {
 void task(void* ctx, int64_t i) {
   const Job& job = *static_cast<Job*>(ctx);
   const int64_t begin = i * job.rows, end = std::min(job.p.H * job.p.N, begin + job.rows);
-  std::unique_ptr<double[]> scratch(new double[5 * job.p.D]);
+  std::unique_ptr<double[]> scratch(new double[2 * job.p.D + job.p.Q]);
 #if defined(__x86_64__)
   if (job.avx2) return backward_rows_avx2(job.p, scratch.get(), begin, end);
 #endif

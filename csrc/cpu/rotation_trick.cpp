@@ -10,6 +10,7 @@
 // Determinism: rows are independent; bits do not depend on threads or SIMD level.
 // AVX-512 hosts run the AVX2 code: it already waits for memory.
 #include <algorithm>
+#include <cstring>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -61,6 +62,11 @@ void task(void* ctx, int64_t i) {
 
 void rotation_trick_backward(const RotationTrickBackwardParams& p, const Parallel& parallel) {
   if (p.N == 0 || p.D == 0) return;
+  if (p.estimator == Estimator::ste) {
+    const int64_t size = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    std::memcpy(p.dz, p.grad, p.N * p.D * size);
+    return;
+  }
   const bool stream = p.dtype == DType::f32 && p.N * p.D * 4 > kCacheBytes && p.D % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(p.dz) % 16 == 0;
   Job job{p, std::clamp<int64_t>(kTaskBytes / (p.D * 4), 16, 4096), stream, simd_level() >= Simd::avx2};

@@ -6,6 +6,7 @@
 
 #include "rotation_trick.h"
 
+#define VQK_AVX2  // before GCC 13 the pragma defines no __AVX2__ of its own
 #pragma GCC target("avx2,fma,f16c")
 #include "half.h"
 

@@ -2,22 +2,9 @@
 // defines STREAM4(float* to, v4f), a store past the caches, and STREAM_DONE(), which makes them visible.
 #include "estimator_kernel.h"
 
-static inline void store4(double* p, const v4d& v) { __builtin_memcpy(p, &v, 32); }
-static inline void store4(float* p, const v4d& v) {
-  const v4f f = __builtin_convertvector(v, v4f);
-  __builtin_memcpy(p, &f, 16);
-}
-template <class T>
-static inline void store4(T* p, const v4d& v) {  // bf16, f16
-  for (int i = 0; i < 4; ++i) round_to(static_cast<float>(v[i]), p + i);
-}
-static inline void stream4(float* p, const v4d& v) { STREAM4(p, __builtin_convertvector(v, v4f)); }
-template <class T>
-static inline void stream4(T* p, const v4d& v) { store4(p, v); }
-
 template <bool stream, class T>
 static void rotation_rows_of(const RotationTrickBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t D = p.D;
+  const int64_t D = p.D, line = 64 / sizeof(T);
   for (int64_t n = begin; n < end; ++n) {
     const T* z = static_cast<const T*>(p.z) + n * D;
     const T* q = static_cast<const T*>(p.q) + n * D;
@@ -30,8 +17,13 @@ static void rotation_rows_of(const RotationTrickBackwardParams& p, int64_t begin
     }
     int64_t d = 0;
     for (; d + 4 <= D; d += 4) {
+      if (d % line == 0) {  // the next row, while this one is computed
+        __builtin_prefetch(z + D + d);
+        __builtin_prefetch(q + D + d);
+        __builtin_prefetch(g + D + d);
+      }
       const v4d v = w.a * load4(g + d) + w.b * load4(z + d) + w.c * load4(q + d);
-      if (stream) stream4(dz + d, v);
+      if constexpr (stream) STREAM4(dz + d, narrow(v));
       else store4(dz + d, v);
     }
     for (; d < D; ++d) {

@@ -1,0 +1,17 @@
+// The SIMD levels of codeword_sums.
+#pragma once
+#include "vqk/params.h"
+
+namespace vqk::cpu {
+
+struct SumPiece {              // codewords [first, last) and columns [begin, end) of head h
+  int64_t h, first, last, begin, end;
+  const int64_t* offsets;      // [K+1]: the rows of codeword k are rows[offsets[k]:offsets[k+1]]
+  const int64_t* rows;
+};
+
+// `sum` holds end - begin doubles.
+void add_piece_portable(const CodewordSumsParams&, const SumPiece&, double* sum);
+void add_piece_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
+
+}  // namespace vqk::cpu

@@ -1,0 +1,36 @@
+// The additions of codeword_sums; see codeword_sums.cpp. Included once per SIMD level.
+#include "vector_kernel.h"
+
+template <class T>
+static inline void add_row(const T* row, double* sum, int64_t width) {
+  int64_t d = 0;
+  for (; d + 4 <= width; d += 4) store4(sum + d, load4(sum + d) + load4(row + d));
+  for (; d < width; ++d) sum[d] += static_cast<double>(to_float(row[d]));
+}
+
+template <class T, class Out>
+static void add_piece(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
+  const int64_t width = piece.end - piece.begin, last = piece.offsets[piece.last];
+  const T* z = static_cast<const T*>(p.z) + piece.h * p.N * p.D + piece.begin;
+  for (int64_t k = piece.first; k < piece.last; ++k) {
+    for (int64_t d = 0; d < width; ++d) sum[d] = 0;
+    for (int64_t i = piece.offsets[k]; i < piece.offsets[k + 1]; ++i) {
+      if (i + 8 < last) {  // rows of one codeword lie anywhere: no hardware prefetcher guesses the next
+        const char* ahead = reinterpret_cast<const char*>(z + piece.rows[i + 8] * p.D);
+        for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b);
+      }
+      add_row(z + piece.rows[i] * p.D, sum, width);
+    }
+    Out* out = static_cast<Out*>(p.sums) + (piece.h * p.K + k) * p.D + piece.begin;
+    for (int64_t d = 0; d < width; ++d) round_to(sum[d], out + d);
+  }
+}
+
+static void add_piece_here(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
+  switch (p.dtype) {
+    case DType::f64: return add_piece<double, double>(p, piece, sum);
+    case DType::bf16: return add_piece<bf16, float>(p, piece, sum);
+    case DType::f16: return add_piece<f16, float>(p, piece, sum);
+    default: return add_piece<float, float>(p, piece, sum);
+  }
+}

@@ -100,6 +100,24 @@ def test_rotation_gradient_against_the_explicit_matrix():
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_ema_and_commitment_by_the_formula():
+    layer = VectorQuantize(DIM, K, decay=0.7, eps=1e-3, commitment_weight=0.4)
+    size, total, codebook = torch.ones(K).double(), layer.codebook.double(), layer.codebook.double()
+    for _ in range(3):
+        x = torch.randn(1, 100, DIM)
+        _, index, loss = layer(x)
+        z = x[0].double()
+        assert torch.equal(index[0], torch.cdist(z, codebook).argmin(-1))
+        torch.testing.assert_close(loss.detach().double(), 0.4 * (z - codebook[index[0]]).square().mean())
+        assigned = torch.nn.functional.one_hot(index[0], K).double()
+        size = 0.7 * size + 0.3 * assigned.sum(0)
+        total = 0.7 * total + 0.3 * assigned.T @ z
+        smoothed = (size + 1e-3) / (size.sum() + K * 1e-3) * size.sum()
+        codebook = total / smoothed[:, None]
+        torch.testing.assert_close(layer.codebook.double(), codebook, rtol=1e-5, atol=1e-6)
+        codebook = layer.codebook.double()
+
+
 @pytest.mark.parametrize("estimator", ("rotation", "reflection", "ste"))
 def test_estimator_option(estimator):
     layer = VectorQuantize(DIM, K, estimator=estimator, commitment_weight=0.0)

@@ -48,8 +48,8 @@ class Settings:
     batch_size: int = 32
     lr: float = 3e-3
     d_model: int = 64
-    d_ff: int = 256
-    heads: int = 4
+    d_ff: int = 128
+    heads: int = 2
     layers: int = 2
     dropout: float = 0.0
     max_history: int = 30

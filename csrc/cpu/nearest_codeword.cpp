@@ -1,7 +1,23 @@
-// nearest_codeword: preparation of codebooks, distribution over tasks, choice of the SIMD level.
+// nearest_codeword: indices[h,n] = argmin_k d(z[h,n], codebook[h,k]), exact ties to the lowest k.
+//
+// z [H,N,D], codebook [H,K,D] in fp32, fp64, bf16 or fp16 -> indices [H,N] int64, distances [H,N].
+//
+//   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords
+//   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
+//
+// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512; z and the
+// codebook are read once per block of rows from cache. Memory: O(N + K D), never N x K.
+// Numerics: docs/numerics.md. The coarse pass is fp32 with a proved bound, also for fp64 inputs; the
+// decision is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits
+// at every SIMD level, thread count and batch size.
+// Limits: rows whose bound is not finite, or with more than 14 candidates (all-equal codebooks), are
+// compared with every codeword canonically: the same answer, several times slower. Up to kScanRows rows
+// per head are compared that way from the start, because packing a codebook would cost more.
+//
 #include "nearest_codeword.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 namespace vqk::cpu {
@@ -23,18 +39,21 @@ double codebook_scale(double largest) {
   return std::ldexp(1.0, -std::clamp(std::ilogb(largest), -126, 126));
 }
 
-template <class T>
-void largest_magnitude(const T* rows, int64_t n, int64_t D, double* largest, int64_t* finite) {
-  for (int64_t k = 0; k < n; ++k) {
-    T row = 0;
-    bool usable = true;
+// Integer maximum of the magnitudes' bits: ordered as the values are, and quick without AVX.
+template <class T, class Bits>
+void largest_magnitude(const void* rows, int64_t n, int64_t D, double* largest, int64_t* finite) {
+  constexpr Bits kInfinity = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
+  const char* p = static_cast<const char*>(rows);
+  for (int64_t k = 0; k < n; ++k, p += D * sizeof(T)) {
+    Bits row = 0;
     for (int64_t d = 0; d < D; ++d) {
-      const T x = std::abs(rows[k * D + d]);
-      usable &= x <= std::numeric_limits<T>::max();
+      Bits x;
+      std::memcpy(&x, p + d * sizeof(T), sizeof(T));
+      x &= std::numeric_limits<Bits>::max();
       row = row < x ? x : row;
     }
-    if (!usable) continue;
-    *largest = std::max(*largest, static_cast<double>(row));
+    if (row >= kInfinity) continue;
+    *largest = std::max(*largest, static_cast<double>(std::bit_cast<T>(row)));
     ++*finite;
   }
 }
@@ -90,8 +109,8 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
       kernel.convert(static_cast<const char*>(sources[task.codebook].data) + offset * dtype_size(dtype), dtype, n * D,
                      at(cb.codewords));
     if (normalizes) kernel.normalize(at(cb.codewords), cb.is_double, n, D, at(cb.rows));
-    if (cb.is_double) largest_magnitude(reinterpret_cast<double*>(at(cb.rows)), n, D, &task.largest, &task.finite);
-    else largest_magnitude(reinterpret_cast<float*>(at(cb.rows)), n, D, &task.largest, &task.finite);
+    (cb.is_double ? largest_magnitude<double, int64_t> : largest_magnitude<float, int32_t>)(
+        at(cb.rows), n, D, &task.largest, &task.finite);
   });
   std::vector<double> largest(sources.size(), 0.0);
   for (const Task& task : tasks) {
@@ -112,52 +131,111 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
 
 namespace {
 
+constexpr int64_t kScanRows = 3;
+
+// The values that are compared, of n rows of a tensor: in place where they are that already.
+const void* compared_values(const SearchKernel& kernel, const void* rows, DType dtype, Metric metric, int64_t n,
+                            int64_t D, void* scratch) {
+  if (dtype == DType::bf16 || dtype == DType::f16) {
+    kernel.convert(rows, dtype, n * D, scratch);
+    rows = scratch;
+  }
+  if (metric == Metric::cosine) {
+    kernel.normalize(rows, dtype == DType::f64, n, D, scratch);
+    rows = scratch;
+  }
+  return rows;
+}
+
+bool is_compared_in_place(DType dtype, Metric metric) {
+  return (dtype == DType::f32 || dtype == DType::f64) && metric != Metric::cosine;
+}
+
 // The canonical value as the op returns it: rounded once.
-template <class T>
-void store_distances(const NearestCodewordParams& p, int64_t first, int n, const double* value, const bool* skip) {
-  T* distances = static_cast<T*>(p.distances) + first;
+void store_distances(const NearestCodewordParams& p, int64_t first, int64_t n, const double* value, const bool* skip) {
   const double offset = p.metric == Metric::cosine ? 1.0 : 0.0;
-  for (int i = 0; i < n; ++i) distances[i] = skip && skip[i] ? T(0) : static_cast<T>(value[i] + offset);
+  for (int64_t i = 0; i < n; ++i) {
+    const double distance = skip && skip[i] ? 0.0 : value[i] + offset;
+    if (p.dtype == DType::f64) static_cast<double*>(p.distances)[first + i] = distance;
+    else static_cast<float*>(p.distances)[first + i] = static_cast<float>(distance);
+  }
+}
+
+template <class T>
+bool all_finite(const void* row, int64_t D) {
+  for (int64_t d = 0; d < D; ++d)
+    if (!std::isfinite(static_cast<const T*>(row)[d])) return false;
+  return true;
+}
+
+// A few rows: every codeword canonically, in tasks of about 32768 values of the codebook.
+void scan_few_rows(const NearestCodewordParams& p, const Parallel& parallel) {
+  const SearchKernel& kernel = search_kernel();
+  const bool is_double = p.dtype == DType::f64, in_place = is_compared_in_place(p.dtype, p.metric);
+  const int64_t chunk = std::max<int64_t>(8, (32768 + p.D - 1) / p.D / 8 * 8), chunks = ceil_div(p.K, chunk);
+  const size_t size = value_size(p.dtype), row_bytes = p.D * size;
+  Memory z_memory(in_place ? 0 : p.H * p.N * row_bytes);
+  const char* z = static_cast<const char*>(
+      compared_values(kernel, p.z, p.dtype, p.metric, p.H * p.N, p.D, z_memory.get()));
+  std::vector<int64_t> index(p.H * chunks * p.N);
+  std::vector<double> value(p.H * chunks * p.N);
+  ScratchPool pool(in_place ? 64 : chunk * row_bytes);
+  parallel_for(parallel, p.H * chunks, [&](int64_t task) {
+    const int64_t h = task / chunks, first = task % chunks * chunk, count = std::min(chunk, p.K - first);
+    ScratchPool::Lease scratch(pool);
+    const void* codewords = compared_values(
+        kernel, static_cast<const char*>(p.codebook) + (h * p.K + first) * p.D * dtype_size(p.dtype), p.dtype, p.metric,
+        count, p.D, scratch.get());
+    kernel.scan(z + h * p.N * row_bytes, static_cast<int>(p.N), codewords, count, p.D, is_double,
+                p.metric == Metric::l2, &index[task * p.N], &value[task * p.N]);
+  });
+  for (int64_t row = 0; row < p.H * p.N; ++row) {
+    const bool skip = p.mask && !p.mask[row];
+    const bool usable = !skip && (is_double ? all_finite<double> : all_finite<float>)(z + row * row_bytes, p.D);
+    int64_t best = -1;
+    double lowest = std::numeric_limits<double>::quiet_NaN();
+    for (int64_t c = 0; usable && c < chunks; ++c) {
+      const int64_t at = (row / p.N * chunks + c) * p.N + row % p.N;
+      if (index[at] >= 0 && (best < 0 || value[at] < lowest)) best = c * chunk + index[at], lowest = value[at];
+    }
+    p.indices[row] = best;
+    store_distances(p, row, 1, &lowest, &skip);
+  }
 }
 
 }  // namespace
 
 void nearest_codeword(const NearestCodewordParams& p, const Parallel& parallel) {
   if (p.H == 0 || p.N == 0) return;
+  if (p.N <= kScanRows) {
+    StandardArithmetic arithmetic;
+    return scan_few_rows(p, parallel);
+  }
   const SearchKernel& kernel = search_kernel();
-  const size_t size = value_size(p.dtype);
-  const bool converts = p.dtype == DType::bf16 || p.dtype == DType::f16, normalizes = p.metric == Metric::cosine;
   std::vector<PackedCodebooks::Source> sources;
   for (int64_t h = 0; h < p.H; ++h)
     sources.push_back({static_cast<const char*>(p.codebook) + h * p.K * p.D * dtype_size(p.dtype), p.K});
   const PackedCodebooks codebooks(kernel, sources, p.D, p.dtype, p.metric, p.certified, parallel);
 
   const int64_t block = rows_per_task(p.H * p.N), blocks = ceil_div(p.N, block);
-  const size_t search_bytes = (kernel.scratch_bytes(block, p.D) + 63) / 64 * 64;
-  ScratchPool pool(search_bytes + block * (8 + 1) + (converts || normalizes ? block * p.D * size : 0) + 64);
+  const size_t search_bytes = (kernel.scratch_bytes(static_cast<int>(block), p.D) + 63) / 64 * 64;
+  const size_t converted_bytes = is_compared_in_place(p.dtype, p.metric) ? 0 : block * p.D * value_size(p.dtype);
+  ScratchPool pool(search_bytes + block * sizeof(double) + converted_bytes + block);
   parallel_for(parallel, p.H * blocks, [&](int64_t task) {
     const int64_t h = task / blocks, start = task % blocks * block, first = h * p.N + start;
     const int n = static_cast<int>(std::min(block, p.N - start));
     ScratchPool::Lease scratch(pool);
     double* value = reinterpret_cast<double*>(scratch.get() + search_bytes);
     char* converted = reinterpret_cast<char*>(value + block);
+    const void* rows = compared_values(kernel, static_cast<const char*>(p.z) + first * p.D * dtype_size(p.dtype),
+                                       p.dtype, p.metric, n, p.D, converted);
     bool* skip = nullptr;
-    const void* rows = static_cast<const char*>(p.z) + first * p.D * dtype_size(p.dtype);
-    if (converts) {
-      kernel.convert(rows, p.dtype, n * p.D, converted);
-      rows = converted;
-    }
-    if (normalizes) {
-      kernel.normalize(rows, p.dtype == DType::f64, n, p.D, converted);
-      rows = converted;
-    }
     if (p.mask) {
-      skip = reinterpret_cast<bool*>(converted + (converts || normalizes ? block * p.D * size : 0));
+      skip = reinterpret_cast<bool*>(converted + converted_bytes);
       for (int i = 0; i < n; ++i) skip[i] = !p.mask[first + i];
     }
     kernel.search(codebooks[h], rows, skip, n, scratch.get(), p.indices + first, value);
-    if (p.dtype == DType::f64) store_distances<double>(p, first, n, value, skip);
-    else store_distances<float>(p, first, n, value, skip);
+    store_distances(p, first, n, value, skip);
   });
 }
 

@@ -44,9 +44,9 @@ struct SearchKernel {
   // (skip may be null); value[i] = its canonical cost: the squared distance, or minus the dot product.
   void (*search)(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
                  double* value);
-  // The same by comparing codewords [first, last) of `rows_c` canonically, one by one: no packing.
-  void (*scan)(const void* rows, int n, const void* rows_c, int64_t first, int64_t last, int64_t D, bool is_double,
-               bool l2, int64_t* index, double* value);
+  // The same for finite rows by comparing all `count` codewords canonically, without a packed codebook.
+  void (*scan)(const void* rows, int n, const void* codewords, int64_t count, int64_t D, bool is_double, bool l2,
+               int64_t* index, double* value);
   size_t (*scratch_bytes)(int n, int64_t D);
 };
 

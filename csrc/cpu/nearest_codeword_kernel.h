@@ -32,26 +32,10 @@ typedef float Vec __attribute__((vector_size(4 * VQK_LANES)));
 typedef float VecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * VQK_LANES)));
 typedef int32_t IntVecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
-// fp64 lanes of the canonical sums
-constexpr int kDoubles = kLanes == 4 ? 2 : 4;
-typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
-typedef double DoublesAtAny __attribute__((vector_size(8 * kDoubles), aligned(8), may_alias));
-
 #define VQK_INLINE static inline __attribute__((always_inline))
 
 VQK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAtAny*>(p); }
 VQK_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAtAny*>(p) = x; }
-VQK_INLINE Doubles load_doubles(const double* p) { return *reinterpret_cast<const DoublesAtAny*>(p); }
-VQK_INLINE Doubles load_doubles(const float* p) { return VQK_WIDEN(p); }
-// The last `count` < kDoubles values, then zeros.
-template <class T>
-VQK_INLINE Doubles load_tail(const T* p, int64_t count) {
-  Doubles x = {};
-  for (int j = 0; j < kDoubles; ++j)
-    if (j < count) x[j] = p[j];
-  return x;
-}
-
 VQK_INLINE float lowest(Vec x) {
 #if VQK_LANES == 16
   x = VQK_MIN(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -69,132 +53,7 @@ VQK_INLINE float lowest(Vec x) {
   return x[0];
 }
 
-// ---------------------------------------------------------------- canonical values
-
-// t[j][i] = p[i][j]
-VQK_INLINE void transpose(const Doubles* p, Doubles* t) {
-#if VQK_LANES == 4
-  t[0] = __builtin_shufflevector(p[0], p[1], 0, 2);
-  t[1] = __builtin_shufflevector(p[0], p[1], 1, 3);
-#else
-  const Doubles a = __builtin_shufflevector(p[0], p[1], 0, 4, 2, 6), b = __builtin_shufflevector(p[0], p[1], 1, 5, 3, 7);
-  const Doubles c = __builtin_shufflevector(p[2], p[3], 0, 4, 2, 6), d = __builtin_shufflevector(p[2], p[3], 1, 5, 3, 7);
-  t[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  t[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  t[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  t[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-#endif
-}
-
-constexpr int kPairs = 8;
-
-// sum[chain] += the terms of kDoubles features, in order. `load` reads from a row at a feature.
-template <class T, bool L2, class Load>
-VQK_INLINE void add_terms(const T* const* z, const T* const* c, int64_t d, const Load& load_at, Doubles* sum) {
-#pragma GCC unroll 4
-  for (int chain = 0; chain < kPairs / kDoubles; ++chain) {
-    Doubles product[kDoubles], term[kDoubles];
-#pragma GCC unroll 4
-    for (int j = 0; j < kDoubles; ++j) {
-      const Doubles x = load_at(z[chain * kDoubles + j] + d), y = load_at(c[chain * kDoubles + j] + d);
-      product[j] = L2 ? (x - y) * (x - y) : x * y;
-    }
-    transpose(product, term);
-#pragma GCC unroll 4
-    for (int j = 0; j < kDoubles; ++j) sum[chain] = sum[chain] + term[j];
-  }
-}
-
-// cost[i] = sum over d, in order, of (z_d - c_d)^2 (l2) or minus that of z_d * c_d, in fp64 without
-// fused multiply-adds. Products are computed along d, transposed, then added: lane i is pair i.
-template <class T, bool L2>
-VQK_INLINE void canonical_costs(const T* const* z, const T* const* c, int64_t D, double* cost) {
-  Doubles sum[kPairs / kDoubles] = {};
-  int64_t d = 0;
-  for (; d + kDoubles <= D; d += kDoubles)
-    add_terms<T, L2>(z, c, d, [](const T* p) __attribute__((always_inline)) { return load_doubles(p); }, sum);
-  if (d < D)  // padded with zeros: adding +0 is exact
-    add_terms<T, L2>(z, c, d, [&](const T* p) __attribute__((always_inline)) { return load_tail(p, D - d); }, sum);
-  for (int i = 0; i < kPairs; ++i) cost[i] = L2 ? sum[i / kDoubles][i % kDoubles] : -sum[i / kDoubles][i % kDoubles];
-}
-
-template <class T>
-VQK_INLINE bool all_finite(const T* x, int64_t D) {
-  for (int64_t d = 0; d < D; ++d)
-    if (!(x[d] - x[d] == 0)) return false;
-  return true;
-}
-
-// Collects (row, codeword) pairs and keeps each row's best: lowest cost, then lowest index.
-template <class T, bool L2>
-struct Decision {
-  const T* rows;
-  const T* codewords;
-  int64_t D;
-  int64_t* index;
-  double* value;
-  const T* z[kPairs] = {};
-  const T* c[kPairs] = {};
-  int64_t row[kPairs] = {}, code[kPairs] = {};
-  int count = 0;
-
-  __attribute__((always_inline)) void add(int64_t i, int64_t k) {
-    z[count] = rows + i * D;
-    c[count] = codewords + k * D;
-    row[count] = i;
-    code[count] = k;
-    if (++count == kPairs) finish();
-  }
-
-  __attribute__((noinline)) void finish() {
-    if (!count) return;
-    for (int j = count; j < kPairs; ++j) z[j] = z[j - 1], c[j] = c[j - 1], row[j] = row[j - 1], code[j] = code[j - 1];
-    double cost[kPairs], total = 0;
-    canonical_costs<T, L2>(z, c, D, cost);
-    for (int j = 0; j < kPairs; ++j) total += cost[j];
-    // Not finite, rarely: a codeword that must not win, or finite fp64 values whose cost overflows.
-    if (__builtin_expect(total - total != 0, 0)) {
-      for (int j = 0; j < count; ++j)
-        if (all_finite(c[j], D)) update(row[j], code[j], cost[j] == cost[j] ? cost[j] : __builtin_huge_val());
-    } else if (row[0] == row[kPairs - 1]) {  // one row: its pairs come with ascending codes, mostly
-      double best = cost[0];
-      int64_t best_code = code[0];
-#pragma GCC unroll 8
-      for (int j = 1; j < kPairs; ++j) {
-        const bool better = (cost[j] < best) | ((cost[j] == best) & (code[j] < best_code));
-        best_code = better ? code[j] : best_code;
-        best = better ? cost[j] : best;
-      }
-      update(row[0], best_code, best);
-    } else {
-      for (int j = 0; j < kPairs; ++j) update(row[j], code[j], cost[j]);
-    }
-    count = 0;
-  }
-
-  __attribute__((always_inline)) void update(int64_t i, int64_t k, double x) {
-    const double lowest_cost = value[i];  // NaN at first
-    const bool better = (!(lowest_cost <= x)) | ((lowest_cost == x) & (k < index[i]));
-    index[i] = better ? k : index[i];
-    value[i] = better ? x : lowest_cost;
-  }
-};
-
-template <class T, bool L2>
-static void scan_with(const void* rows, int n, const void* codewords, int64_t first, int64_t last, int64_t D,
-                      int64_t* index, double* value) {
-  Decision<T, L2> decision{static_cast<const T*>(rows), static_cast<const T*>(codewords), D, index, value};
-  for (int i = 0; i < n; ++i)
-    for (int64_t k = first; k < last; ++k) decision.add(i, k);
-  decision.finish();
-}
-
-static void scan(const void* rows, int n, const void* codewords, int64_t first, int64_t last, int64_t D,
-                 bool is_double, bool l2, int64_t* index, double* value) {
-  auto* run = is_double ? (l2 ? scan_with<double, true> : scan_with<double, false>)
-                        : (l2 ? scan_with<float, true> : scan_with<float, false>);
-  run(rows, n, codewords, first, last, D, index, value);
-}
+#include "nearest_codeword_canonical.h"
 
 // ---------------------------------------------------------------- coarse scores
 
@@ -315,22 +174,38 @@ static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, fl
   }
 }
 
+// Behind a lane of a large group are many codewords that are far away: their coarse scores, computed again
+// in the same order, say which. Bit v: the panel's vector v has a score <= limit in this lane.
+constexpr int kNarrowGroup = 8;
+
+VQK_INLINE unsigned lanes_within(const Codebook& cb, const float* z, int64_t panel, int lane, float limit) {
+  const float* c = cb.panels + panel * cb.D * kWidth;
+  Vec lo = load(cb.half_norms + panel * kWidth), hi = load(cb.half_norms + panel * kWidth + kLanes);
+  for (int64_t d = 0; d < cb.D; ++d, c += kWidth) {
+    const Vec x = VQK_SPLAT(z[d]);
+    lo = VQK_FMA(x, load(c), lo);
+    hi = VQK_FMA(x, load(c + kLanes), hi);
+  }
+  const unsigned below_lo = VQK_NONZERO(lo <= VQK_SPLAT(limit)), below_hi = VQK_NONZERO(hi <= VQK_SPLAT(limit));
+  return (below_lo >> lane & 1) | (below_hi >> lane & 1) << 1;
+}
+
 // ---------------------------------------------------------------- search
 
 template <class T>
-VQK_INLINE double sum_of_squares(const T* x, int64_t D, double scale) {
-  Doubles a = {}, b = {}, s = Doubles{} + scale;
+VQK_INLINE double sum_of_squares(const T* x, int64_t D) {
+  Doubles a = {}, b = {};
   int64_t d = 0;
   for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
-    const Doubles p = load_doubles(x + d) * s, q = load_doubles(x + d + kDoubles) * s;
+    const Doubles p = load_doubles(x + d), q = load_doubles(x + d + kDoubles);
     a += p * p;
     b += q * q;
   }
   double sum = 0;
-  for (; d < D; ++d) sum += (x[d] * scale) * (x[d] * scale);
+  for (; d < D; ++d) sum += static_cast<double>(x[d]) * x[d];
   a += b;
   for (int j = 0; j < kDoubles; ++j) sum += a[j];
-  return sum;
+  return sum + (sizeof(T) == 8 ? D * 0x1p-1060 : 0.0);  // no less than the truth if fp64 squares underflow
 }
 
 struct Scratch {
@@ -380,7 +255,7 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
     s.scale[i] = cb.scale;
     in_place &= s.scale[i] == 1;
     if ((skip && skip[i]) || !cb.finite) continue;
-    const double squares = sum_of_squares(z + i * D, D, 1.0) + (kDouble ? D * 0x1p-1060 : 0.0);  // underflown ones
+    const double squares = sum_of_squares(z + i * D, D);
     if (squares - squares != 0 && !(kDouble && all_finite(z + i * D, D))) continue;
     const double norm = __builtin_sqrt(squares);
     if (!L2) {
@@ -402,14 +277,22 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
   if (cb.finite) coarse_pass(cb, in_place ? static_cast<const float*>(rows) : s.z, s.rows, n, s.minima);
 
   Decision<T, L2> decision{z, static_cast<const T*>(cb.rows), D, index, value};
+  const float* scaled = in_place ? static_cast<const float*>(rows) : s.z;
   for (int i = 0; i < n; ++i) {
     const Row& row = s.rows[i];
     if (row.count == kEveryCodeword)
       for (int64_t k = 0; k < cb.K; ++k) decision.add(i, k);
     for (int j = 0; j < row.count; ++j) {
       if (!(row.score[j] <= row.limit)) continue;
-      const int64_t first = static_cast<int64_t>(row.lane[j] / kLanes) * cb.group * kLanes + row.lane[j] % kLanes;
-      for (int64_t k = first; k < first + cb.group * kLanes && k < cb.K; k += kLanes) decision.add(i, k);
+      const int64_t first = static_cast<int64_t>(row.lane[j] / kLanes) * cb.group;  // vector of codewords
+      const int64_t last = first + cb.group;
+      const int lane = row.lane[j] % kLanes;
+      if (cb.group < kNarrowGroup)
+        for (int64_t v = first; v < last && v * kLanes + lane < cb.K; ++v) decision.add(i, v * kLanes + lane);
+      else
+        for (int64_t v = first; v < last && v * kLanes + lane < cb.K; v += 2)
+          for (unsigned found = lanes_within(cb, scaled + i * D, v / 2, lane, row.limit); found; found &= found - 1)
+            decision.add(i, (v + __builtin_ctz(found)) * kLanes + lane);
     }
   }
   decision.finish();
@@ -434,9 +317,9 @@ static double pack_with(const Codebook& cb, int64_t first, int64_t last, float* 
     for (int j = 0; j < kWidth; ++j) {
       const int64_t k = p * kWidth + j;
       const T* row = static_cast<const T*>(cb.rows) + k * D;
-      const bool usable = k < cb.K && all_finite(row, D);
-      double squares = 0;
-      if (usable) squares = sum_of_squares(row, D, cb.scale) + (sizeof(T) == 8 ? D * 0x1p-1060 : 0.0);
+      double squares = k < cb.K ? sum_of_squares(row, D) * cb.scale * cb.scale : 0.0;
+      const bool usable = k < cb.K && (squares - squares == 0 || (sizeof(T) == 8 && all_finite(row, D)));
+      if (!usable) squares = 0;
       for (int64_t d = 0; d < D; ++d) panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
       half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
       if (squares > largest) largest = squares;

@@ -25,8 +25,8 @@ VQK_HOST_DEVICE static constexpr inline double score_error_bound(int64_t D, doub
   const double n32 = static_cast<double>(D + 6) * 0x1p-24, n64 = static_cast<double>(D + 6) * 0x1p-53;
   const double magnitude = z_norm * c_norm + (l2 ? 0.5 * c_norm * c_norm : 0.0);
   if (!(n32 < 0.5 && magnitude < 0x1p120 && z_norm < 0x1p120 && c_norm < 0x1p120)) return infinity;
-  const double coarse = n32 / (1 - n32) * magnitude;
-  const double canonical = n64 / (1 - n64) * (l2 ? 0.5 * (z_norm + c_norm) * (z_norm + c_norm) : magnitude);
+  const double coarse = n32 * (1 + 2 * n32) * magnitude;  // n / (1 - n) <= n (1 + 2n) up to n = 1/2
+  const double canonical = n64 * (1 + 2 * n64) * (l2 ? 0.5 * (z_norm + c_norm) * (z_norm + c_norm) : magnitude);
   const double subnormal = static_cast<double>(D) * (z_norm + c_norm + 4) * 0x1p-126;
   return (coarse + canonical + subnormal + static_cast<double>(D) * underflow) * (1 + 0x1p-10);
 }

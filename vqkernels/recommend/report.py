@@ -39,16 +39,16 @@ def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
     hits = {r["method"]: (top_items(out, r["method"]) == targets[:, None]).any(1).astype(float) for r in results["rows"]}
     sentences = []
     for row in (r for r in results["rows"] if r["kind"] == "tiger"):
-        parts = []
-        for other, name in (("popularity", "popularity"), ("markov", "Markov"), ("random", "random IDs")):
+        name, parts = LABELS[row["method"]], []
+        for other, its in (("popularity", "popularity"), ("markov", "Markov"), ("random", "random IDs")):
             if other not in hits or other == row["method"]:
                 continue
             difference = hits[row["method"]] - hits[other]
             mean, error = difference.mean(), 2 * difference.std() / np.sqrt(len(difference))
             word = "clearly beats" if mean > error else "is above" if mean > 0 else "does not beat"
             noise = "" if abs(mean) > error else ", within noise"
-            parts.append(f"{word} {name} ({mean:+.4f} ± {error:.4f}{noise})")
-        sentences.append(f"{LABELS[row['method']].capitalize()}: HR@10 {row['HR@10']:.4f} {'; '.join(parts)}.".replace("rq-vae", "RQ-VAE").replace("Rq-vae", "RQ-VAE"))
+            parts.append(f"{word} {its} ({mean:+.4f} ± {error:.4f}{noise})")
+        sentences.append(f"{name[0].upper()}{name[1:]}: HR@10 {row['HR@10']:.4f} {'; '.join(parts)}.")
     return sentences
 
 
@@ -85,7 +85,7 @@ def write_report(out) -> Path:
     pictures = [
         (name, caption, draw(results))
         for name, caption, draw in (
-            ("scores", "Hit rate and NDCG at 10. Grey lines: the baselines.", _draw_scores),
+            ("scores", "Hit rate and NDCG at 10. Pale: the baselines.", _draw_scores),
             ("usage", "How often each code is used, codes sorted by use, one panel per method and level.", _draw_usage),
             ("collisions", "Items by how many items share their codes; 1 is an item with codes of its own.", _draw_collisions),
             ("training", "TIGER's loss per code by epoch (solid: training, dashed: validation), and the RQ-VAE's own training.", _draw_training),
@@ -127,28 +127,23 @@ def _tiger_rows(results) -> list[tuple[dict, str]]:
 
 
 def _draw_scores(results) -> bytes:
-    figure, axes = _figure(1, 2, 9, 0.9 + 0.42 * len(_tiger_rows(results)))
-    rows = _tiger_rows(results)
+    rows = results["rows"]
+    colors = [COLORS[list(METHODS).index(r["method"])] if r["kind"] == "tiger" else "#cbd5e1" for r in rows]
+    figure, axes = _figure(1, 2, 9, 0.8 + 0.32 * len(rows))
     for ax, metric in zip(axes[0], ("HR@10", "NDCG@10"), strict=True):
-        ax.barh([LABELS[r["method"]] for r, _ in rows], [r[metric] for r, _ in rows], color=[c for _, c in rows], height=0.6)
-        for place, (r, _) in enumerate(rows):
-            ax.text(r[metric], place, f" {r[metric]:.4f}", va="center", fontsize=8)
+        bars = ax.barh([LABELS[r["method"]] for r in rows], [r[metric] for r in rows], color=colors, height=0.65)
+        ax.bar_label(bars, [f" {r[metric]:.4f}" for r in rows], fontsize=8)
         ax.invert_yaxis()
-        for row in results["rows"]:
-            if row["kind"] == "baseline":
-                ax.axvline(row[metric], color="#6b7280", lw=1, ls=(0, (4, 3)), zorder=0)
-                ax.text(row[metric], -0.62, row["method"], fontsize=7, color="#4b5563", ha="center", va="bottom")
-        ax.set_xlim(0, 1.18 * max(r[metric] for r in results["rows"]))
-        ax.set_title(metric, fontsize=10, fontweight="bold", loc="left", pad=16)
-    for ax in axes[0][1:]:
-        ax.set_yticklabels([])
+        ax.set_xlim(0, 1.15 * max(r[metric] for r in rows))
+        ax.set_title(metric, fontsize=10, fontweight="bold", loc="left")
+    axes[0, 1].set_yticklabels([])
     return _png(figure)
 
 
 def _draw_usage(results) -> bytes:
     rows = _tiger_rows(results)
     levels = max(len(r["code_counts"]) for r, _ in rows)
-    figure, axes = _figure(len(rows), levels, 9, 0.4 + 1.25 * len(rows))
+    figure, axes = _figure(len(rows), levels, 11, 0.4 + 1.4 * len(rows))
     for (row, color), line in zip(rows, axes, strict=True):
         for level, ax in enumerate(line[: len(row["code_counts"])]):
             counts = np.sort(row["code_counts"][level])[::-1]
@@ -156,12 +151,9 @@ def _draw_usage(results) -> bytes:
             ax.set_xlim(0, len(counts))
             ax.set_ylim(0, None)
             used, perplexity = row["tokenizer"]["usage"][level], row["tokenizer"]["perplexity"][level]
-            ax.text(0.97, 0.93, f"{100 * used:.0f} % used\nperplexity {perplexity:.0f} of {len(counts)}",
-                    transform=ax.transAxes, ha="right", va="top", fontsize=8)  # fmt: skip
-            if level == 0:
-                ax.set_title(LABELS[row["method"]], fontsize=9, fontweight="bold", loc="left")
-            elif row is rows[0][0]:
-                ax.set_title(f"level {level + 1}", fontsize=9, loc="right")
+            name = f"{LABELS[row['method']]}: " if level == 0 else ""
+            ax.set_title(f"{name}level {level + 1}", fontsize=8, fontweight="bold", loc="left")
+            ax.set_title(f"{100 * used:.0f} % used, perplexity {perplexity:.0f}", fontsize=7.5, loc="right", color="#475569")
     figure.supxlabel("codes, most used first", fontsize=8)
     figure.supylabel("items", fontsize=8)
     return _png(figure)
@@ -217,12 +209,12 @@ def _draw_training(results) -> bytes:
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1f2937; background: #f8fafc; margin: 0; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 28px 64px; background: #fff; box-shadow: 0 0 24px rgba(15,23,42,.06); }
+main { max-width: 1140px; margin: 0 auto; padding: 40px 28px 64px; background: #fff; box-shadow: 0 0 24px rgba(15,23,42,.06); }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; } h2 { font-size: 20px; margin: 44px 0 10px; }
 p { max-width: 72ch; } .lead { color: #475569; margin-top: 0; } .note { color: #64748b; font-size: 14px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 7px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
 th { font-weight: 600; color: #475569; border-bottom: 2px solid #cbd5e1; } th:first-child, td:first-child { text-align: left; }
 tr.baseline td { color: #64748b; } tr.first td { border-top: 2px solid #cbd5e1; } td.best { font-weight: 700; color: #1d4ed8; }
 ul.verdict { padding-left: 20px; } ul.verdict li { margin: 4px 0; }

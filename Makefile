@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
 
-.PHONY: demo test bench lint build cpp-test clean
+.PHONY: demo test bench lint build cpp-test cpp-bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
@@ -41,6 +41,14 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 cpp-test:
 	tests/cpp/run
 	tests/cpp/run sanitize
+
+# The memory-bound kernels alone, against memcpy.
+THREADS ?= 2
+MEMORY_BOUND := $(foreach op,simd rotation_trick residual_quantize_backward codeword_sums codebook_usage,$(wildcard csrc/cpu/$(op).cpp csrc/cpu/$(op)_avx2.cpp))
+cpp-bench:
+	mkdir -p build
+	$(CXX) -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Icsrc/include bench/memory_bound.cpp $(MEMORY_BOUND) -pthread -o build/memory_bound
+	build/memory_bound $(THREADS)
 
 clean:
 	rm -rf build dist *.egg-info vqkernels/*.so vqkernels/_build_info.json out

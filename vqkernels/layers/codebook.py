@@ -82,6 +82,11 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.needs_init = not bool(self.initted)
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether a training step counts and sums: for EMA, or to find dead codewords."""
+        return bool(self.ema_update or self.threshold_ema_dead_code)
+
     def codewords(self, dtype: torch.dtype, snapshot: bool) -> Tensor:
         """``[H, K, D]`` in the precision of the computation. ``snapshot``: a copy, because the EMA step of this very
         forward rewrites ``embed`` before backward reads it."""

@@ -240,7 +240,8 @@ class ResidualVQ(nn.Module):
     def _all_levels(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
         """-> quantized ``[N, D]``, indices ``[N, levels]``, losses ``[levels]``."""
         first, layers = self.layers[0], self.layers[:levels]
-        updating, by_loss = self.training and not frozen, first.trains_by_loss(frozen)
+        updating = self.training and not frozen and first._codebook.keeps_statistics
+        by_loss = first.trains_by_loss(frozen)
         if self.shared_codebook:
             books = [first._codebook.codewords(z.dtype, snapshot=updating)[0]] * levels
         else:
@@ -261,8 +262,10 @@ class ResidualVQ(nn.Module):
                 layer._last_indices = index
             if updating:
                 layer._codebook.update(residual.unsqueeze(0), index)
-                inputs.append(residual)
-                residual = residual - lookup(books[level].detach(), index[0])
+                if self.shared_codebook:
+                    inputs.append(residual)
+                if level + 1 < levels:  # a row with index -1 has it at every level, so its residual never counts
+                    residual = residual - books[level].detach().index_select(0, index[0].clamp(min=0))
         if updating and self.shared_codebook:
             self._update_shared(inputs, out.indices)
         if not self.training:

@@ -28,7 +28,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     colours = rng.choice(["red", "green", "blue"], 30)
-    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"{i},{c} thing {i}\n" for i, c in enumerate(colours, 1)))
+    (folder / "items.csv").write_text(
+        "item_id,title\n" + "".join(f"{i},{c} thing {i}\n" for i, c in enumerate(colours, 1))
+    )
     walk = lambda u: (np.arange(8) * (1 + u % 2) + u) % 30 + 1  # noqa: E731
     (folder / "sequences.txt").write_text("".join(f"u{u} {' '.join(map(str, walk(u)))}\n" for u in range(25)))
     np.save(folder / "embeddings.npy", rng.normal(size=(30, 8)).astype(np.float32))
@@ -51,13 +53,27 @@ def test_compare_writes_what_it_promises(run):
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
     assert list(rows) == ["random", "rkmeans", "rqvae-rotation", "popularity", "markov", "content"]
-    columns = {"HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds"}
+    columns = {
+        "HR@1",
+        "HR@5",
+        "HR@10",
+        "NDCG@5",
+        "NDCG@10",
+        "collision_rate",
+        "usage",
+        "perplexity",
+        "invalid_rate",
+        "train_seconds",
+    }
     assert all(columns <= row.keys() for row in rows.values())
     assert all(0 <= rows[m][c] <= 1 for m in rows for c in columns if c.startswith(("HR", "NDCG")))
     assert rows["markov"]["HR@1"] == 1.0  # the sequences are one chain
     assert {"processor", "torch", "vqkernels"} <= results["machine"].keys() and results["settings"]["seed"] == 0
     for name in rows:
-        assert name in ("popularity", "markov", "content") or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
+        assert (
+            name in ("popularity", "markov", "content")
+            or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
+        )
     assert "does not beat Markov" in " ".join(output.split())
 
 
@@ -70,7 +86,9 @@ def test_the_report_needs_nothing_else(run):
 
 
 def test_the_same_seed_gives_the_same_rows(run, data, tmp_path):
-    assert vqkernels("compare", "--data", data, "--out", tmp_path / "again", "--methods", "rkmeans", *SMALL).exit_code == 0
+    assert (
+        vqkernels("compare", "--data", data, "--out", tmp_path / "again", "--methods", "rkmeans", *SMALL).exit_code == 0
+    )
     first, again = (
         next(r for r in json.loads((out / "results.json").read_text())["rows"] if r["method"] == "rkmeans")
         for out in (run[0], tmp_path / "again")
@@ -98,7 +116,9 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     result = vqkernels(*arguments, "--resume")
     assert result.exit_code == 0 and "random codes: finished before, kept" in plain(result)
     after = json.loads((out / "results.json").read_text())["rows"]
-    assert [r["method"] for r in after] == ["random", "rkmeans", "popularity", "markov", "content"] and after[0] == before[0]
+    assert [r["method"] for r in after] == ["random", "rkmeans", "popularity", "markov", "content"] and after[
+        0
+    ] == before[0]
     other = vqkernels(*arguments, "--resume", "--seed", 5)
     assert other.exit_code == 2 and "seed: 0 then, 5 now" in plain(other)
 
@@ -107,7 +127,9 @@ def test_overwrite_replaces_only_its_own(run, data, tmp_path):
     out = tmp_path / "out"
     (out / "methods" / "old").mkdir(parents=True)
     (out / "mine.txt").write_text("keep me")
-    assert vqkernels("compare", "--data", data, "--out", out, "--methods", "random", *SMALL, "--overwrite").exit_code == 0
+    assert (
+        vqkernels("compare", "--data", data, "--out", out, "--methods", "random", *SMALL, "--overwrite").exit_code == 0
+    )
     assert (out / "mine.txt").is_file() and not (out / "methods" / "old").exists()
 
 
@@ -124,7 +146,9 @@ def test_tokenize(data, tmp_path):
     from vqkernels.semantic_ids import load_tokenizer
 
     out = tmp_path / "ids"
-    result = vqkernels("tokenize", "--data", data, "--method", "rkmeans", "--out", out, "--codebook-size", 5, "--levels", 2)
+    result = vqkernels(
+        "tokenize", "--data", data, "--method", "rkmeans", "--out", out, "--codebook-size", 5, "--levels", 2
+    )
     assert result.exit_code == 0, result.output
     ids = json.loads((out / "semantic_ids.json").read_text())
     tokenizer = load_tokenizer(out)
@@ -137,9 +161,15 @@ def test_tokenize(data, tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("compare", "--data", "DATA", "--out", "RUN"), "exists and is not empty. Choose another folder, or add --overwrite"),
+        (
+            ("compare", "--data", "DATA", "--out", "RUN"),
+            "exists and is not empty. Choose another folder, or add --overwrite",
+        ),
         (("compare", "--data", "DATA", "--out", "DATA/items.csv"), "is a file; give a folder"),
-        (("compare", "--data", "DATA", "--out", "NEW", "--methods", "rkmeans,dexvq"), "unknown method dexvq; there are: random"),
+        (
+            ("compare", "--data", "DATA", "--out", "NEW", "--methods", "rkmeans,dexvq"),
+            "unknown method dexvq; there are: random",
+        ),
         (("compare", "--data", "DATA", "--out", "NEW", "--methods", ","), "(none given)"),
         (("compare", "--data", "DATA", "--out", "RUN", "--overwrite", "--resume"), "exclude each other"),
         (("compare", "--data", "NEW", "--out", "NEW2"), "no such folder"),
@@ -177,7 +207,11 @@ def test_malformed_data_names_file_and_line(data, tmp_path, name, text, message)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_text(text)
     result = vqkernels("compare", "--data", tmp_path, "--out", tmp_path / "out", *SMALL)
-    assert result.exit_code == 2 and message in result.output.replace("\n", " ").replace("  ", " ") and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2
+        and message in result.output.replace("\n", " ").replace("  ", " ")
+        and "Traceback" not in result.output
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,7 +10,7 @@ from vqkernels.data import DataError
 from vqkernels.recommend import TIGER, ContentNeighbours, Markov, Popularity, evaluate, leave_one_out, metrics
 from vqkernels.recommend.baselines import top_k
 
-SMALL = dict(d_model=16, d_ff=32, heads=2, layers=1, max_history=6, window=3)
+SMALL = {"d_model": 16, "d_ff": 32, "heads": 2, "layers": 1, "max_history": 6, "window": 3}
 
 
 def some_ids(count=20, size=4, seed=0):
@@ -81,16 +81,14 @@ def test_training_and_scoring_see_the_same(window):
     """The training loss of the last item of a window is its score: encoder, window and targets line up."""
     model = TIGER(some_ids(), **SMALL | {"window": window}, dropout=0.0)
     sequence = np.array([3, 1, 4, 1, 5, 9, 2, 6])
-    size = window
-    past = torch.from_numpy(sequence[len(sequence) - model.max_history - (size > size) : -size][None])
-    past = torch.from_numpy(sequence[: len(sequence) - size][-(model.max_history - window + 1) :][None])
-    target = torch.from_numpy(sequence[-size:][None])
+    reach = model.max_history - window + 1
+    past, target = torch.from_numpy(sequence[None, :-window][:, -reach:]), torch.from_numpy(sequence[None, -window:])
     with torch.no_grad():
-        total = float(model._loss(past, target, None)) * size * model.levels
+        total = float(model._loss(past, target, None)) * window * model.levels
         shorter = 0.0
-        if size > 1:
+        if window > 1:
             padded = torch.cat([target[:, :-1], torch.zeros(1, 1, dtype=torch.long)], 1)
-            shorter = float(model._loss(past, padded, None)) * (size - 1) * model.levels
+            shorter = float(model._loss(past, padded, None)) * (window - 1) * model.levels
     assert -model.score([sequence[:-1]], sequence[-1:])[0] == pytest.approx(total - shorter, rel=1e-4)
 
 
@@ -117,12 +115,15 @@ def test_it_learns_a_pattern_and_is_reproducible():
     n = len(ids)
     sequences = [np.arange(start, start + 8) % n + 1 for start in range(n)]
     split = leave_one_out(sequences)
-    train = lambda seed: TIGER(ids, **SMALL, dropout=0.0, seed=seed).fit(  # noqa: E731
-        split.train, epochs=60, batch_size=8, lr=2e-2, validation=split.validation
-    )
-    model, twin = train(0), train(0)
+
+    def train(epochs):
+        model = TIGER(ids, **SMALL, dropout=0.0)
+        return model.fit(split.train, epochs=epochs, batch_size=8, lr=2e-2, validation=split.validation)
+
+    model = train(40)
     assert evaluate(model, split.test)["HR@1"] > 0.8
     assert model.history[-1]["loss"] < 0.4 * model.history[0]["loss"]
+    model, twin = train(3), train(3)
     assert [h["loss"] for h in model.history] == [h["loss"] for h in twin.history]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     other = TIGER(ids, **SMALL, seed=1)
@@ -139,7 +140,10 @@ def test_training_leaves_the_global_generator_alone():
 def test_saved_and_loaded_it_says_the_same(model, histories, tmp_path):
     model.save(tmp_path / "model")
     loaded = TIGER.load(tmp_path / "model")
-    assert all((a == b).all() for a, b in zip(loaded.recommend_batch(histories, 5), model.recommend_batch(histories, 5), strict=True))
+    assert all(
+        (a == b).all()
+        for a, b in zip(loaded.recommend_batch(histories, 5), model.recommend_batch(histories, 5), strict=True)
+    )
     (tmp_path / "model" / "tiger.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a whole saved TIGER"):
         TIGER.load(tmp_path / "model")
@@ -191,7 +195,10 @@ def test_metrics_are_the_plain_loop():
         hits = [t in row[:k] for row, t in zip(items.tolist(), targets, strict=True)]
         assert got[f"HR@{k}"] == pytest.approx(np.mean(hits))
         if k > 1:
-            gains = [1 / np.log2(row.index(t) + 2) if t in row[:k] else 0 for row, t in zip(items.tolist(), targets, strict=True)]
+            gains = [
+                1 / np.log2(row.index(t) + 2) if t in row[:k] else 0
+                for row, t in zip(items.tolist(), targets, strict=True)
+            ]
             assert got[f"NDCG@{k}"] == pytest.approx(np.mean(gains))
     with pytest.raises(ValueError, match="k >= 10"):
         metrics(items[:, :9], targets)
@@ -200,7 +207,10 @@ def test_metrics_are_the_plain_loop():
 def test_leave_one_out():
     split = leave_one_out([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
     assert [s.tolist() for s in split.train] == [[1, 2], [5, 6], [7]]
-    assert [h.tolist() for h in split.validation.histories] == [[1, 2], [7]] and split.validation.targets.tolist() == [3, 8]
+    assert [h.tolist() for h in split.validation.histories] == [[1, 2], [7]] and split.validation.targets.tolist() == [
+        3,
+        8,
+    ]
     assert [h.tolist() for h in split.test.histories] == [[1, 2, 3], [7, 8]] and split.test.targets.tolist() == [4, 9]
     assert split.test.users.tolist() == [0, 2]
     with pytest.raises(ValueError, match="no sequence has 3 items"):

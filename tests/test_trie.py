@@ -96,7 +96,9 @@ def test_one_step_is_brute_force(k):
 
 def test_ties_go_to_the_lowest_beam_then_token():
     trie = Trie(np.array([[0], [1], [2], [3]]))
-    scores, beams, tokens, _ = vq.trie_topk(torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long), trie, 6)
+    scores, beams, tokens, _ = vq.trie_topk(
+        torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long), trie, 6
+    )
     assert beams.tolist() == [[0, 0, 0, 0, 1, 1]] and tokens.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert scores.unique().numel() == 1
 

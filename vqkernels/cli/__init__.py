@@ -1,4 +1,4 @@
-"""The ``vqkernels`` command: one file per subcommand, each with a function of the subcommand's name, imported when used."""
+"""The ``vqkernels`` command: a file per subcommand, with a function of its name, imported when used."""
 
 from __future__ import annotations
 

@@ -9,13 +9,27 @@ from typing import Annotated
 
 import typer
 
-OWN = ("results.json", "report.html", "scores.png", "usage.png", "collisions.png", "training.png", "catalogue", "methods")
+OWN = (
+    "results.json",
+    "report.html",
+    "scores.png",
+    "usage.png",
+    "collisions.png",
+    "training.png",
+    "catalogue",
+    "methods",
+)
 
 
 def compare(
-    data: Annotated[Path, typer.Option(help="Data folder: sequences.txt[.gz], items.csv[.gz] and, if wanted, embeddings.npy.")],
+    data: Annotated[
+        Path, typer.Option(help="Data folder: sequences.txt[.gz], items.csv[.gz] and, if wanted, embeddings.npy.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.html, pictures and models.")],
-    methods: Annotated[str, typer.Option(help="Comma separated; see docs for the names.")] = "random,rkmeans,rqvae-ste,rqvae-rotation",
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma separated: random, rkmeans, hkmeans, rqvae-ste, rqvae-rotation, rqvae-reflection."),
+    ] = "random,rkmeans,rqvae-ste,rqvae-rotation",
     levels: Annotated[int, typer.Option(min=1, help="Codes in a semantic ID.")] = 3,
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes to choose from at each level.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER over the training items.")] = 10,
@@ -80,7 +94,13 @@ def run(catalogue, methods, settings, out: Path, *, overwrite: bool = False, res
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     comparison = Comparison(catalogue, out, settings, embedding=embedding, resume=resume)
 
-    columns = (TextColumn("{task.description:<26}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("All methods", total=len(methods), note="")
         comparison.baselines()
@@ -102,7 +122,8 @@ def run(catalogue, methods, settings, out: Path, *, overwrite: bool = False, res
             progress.update(task, visible=False)
             progress.update(whole, completed=place + 1)
             console.print(
-                f"{name}: HR@10 {row['HR@10']:.4f}, NDCG@10 {row['NDCG@10']:.4f}; semantic IDs {row['tokenizer']['train_seconds']:.1f} s, "
+                f"{name}: HR@10 {row['HR@10']:.4f}, NDCG@10 {row['NDCG@10']:.4f}; "
+                f"semantic IDs {row['tokenizer']['train_seconds']:.1f} s, "
                 f"TIGER {row['train_seconds']:.0f} s, all {time.perf_counter() - began:.0f} s"
             )
     results = comparison.results

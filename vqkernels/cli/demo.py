@@ -14,11 +14,13 @@ METHODS = ("random", "rkmeans", "rqvae-ste", "rqvae-rotation")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.html, pictures and models.")],
     seed: Annotated[int, typer.Option(help="Seed of codes, weights and batches.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER over the training items; fewer is a quick look.")] = 10,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes of TIGER over the training items; fewer is a quick look.")
+    ] = 10,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished rows of the same run in --out.")] = False,
 ) -> None:
-    """Films to semantic IDs to recommendations, on MovieLens-100k: four kinds of IDs, TIGER on each, three baselines."""
+    """MovieLens-100k from titles to recommendations: four kinds of semantic IDs, TIGER on each, three baselines."""
     from rich.console import Console
 
     from ..data import load_folder, movielens100k
@@ -34,7 +36,9 @@ def demo(
 
     console = Console(highlight=False)
     shown = example(out, results, load_folder(out / "catalogue"))
-    console.print(f"\n[bold]User {shown['user']}[/bold], drawn by the seed, has {shown['seen']} films behind; the latest:")
+    console.print(
+        f"\n[bold]User {shown['user']}[/bold], drawn by the seed, has {shown['seen']} films behind; the latest:"
+    )
     for title in shown["history"]:
         console.print(f"  {title}", markup=False)
     console.print(f"TIGER on {LABELS[shown['method']]} recommends:")

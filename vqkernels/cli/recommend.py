@@ -12,7 +12,9 @@ def recommend(
     run: Annotated[Path, typer.Option(help="Folder that vqkernels demo or compare wrote.")],
     user: Annotated[str | None, typer.Option(help="A user of the data, by name.")] = None,
     history: Annotated[str | None, typer.Option(help='Item ids, oldest first, as in "1 2 3".')] = None,
-    method: Annotated[str | None, typer.Option(help="The row whose model is used; by default the best by NDCG@10.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="The row whose model is used; by default the best by NDCG@10.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
 ) -> None:
     """Recommends the next items, in words."""
@@ -35,14 +37,19 @@ def recommend(
     who = None
     if user is not None:
         if user not in catalogue.users:
-            raise DataError(f"user {user!r} is not in the data; it has {len(catalogue.users)}, such as {', '.join(catalogue.users[:5])}")
+            raise DataError(
+                f"user {user!r} is not in the data; it has {len(catalogue.users)}, "
+                f"such as {', '.join(catalogue.users[:5])}"
+            )
         who = [catalogue.users.index(user)]
         items = catalogue.sequences[who[0]]
     else:
         try:
             items = [int(word) for word in history.replace(",", " ").split()]
         except ValueError:
-            raise DataError(f"--history {history!r} holds something that is no whole number; give item ids as in \"1 2 3\"") from None
+            raise DataError(
+                f'--history {history!r} holds something that is no whole number; give item ids as in "1 2 3"'
+            ) from None
     method = method or best_row(results)["method"]
     model = TIGER.load(method_folder(run, method) / "model")
     found, scores = model.recommend(items, k, beams=max(results["settings"]["beams"], k), users=who)

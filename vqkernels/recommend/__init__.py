@@ -4,4 +4,14 @@ from .baselines import ContentNeighbours, Markov, Popularity
 from .evaluation import Queries, Split, evaluate, leave_one_out, metrics
 from .tiger import TIGER
 
-__all__ = ["TIGER", "ContentNeighbours", "Markov", "Popularity", "Queries", "Split", "evaluate", "leave_one_out", "metrics"]
+__all__ = [
+    "TIGER",
+    "ContentNeighbours",
+    "Markov",
+    "Popularity",
+    "Queries",
+    "Split",
+    "evaluate",
+    "leave_one_out",
+    "metrics",
+]

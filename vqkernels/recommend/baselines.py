@@ -8,7 +8,7 @@ BATCH = 256
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the ``k`` highest scores of each row, best first; equal scores by the lowest column. int64 ``[B, k]``."""
+    """Columns of each row's ``k`` highest scores, best first, equal ones by the lowest column. int64 ``[B, k]``."""
     cut = np.partition(scores, -k, axis=1)[:, -k, None]
     above, at = scores > cut, scores == cut
     room = k - above.sum(1, keepdims=True)
@@ -59,7 +59,7 @@ class Popularity(Baseline):
 
 
 class Markov(Popularity):
-    """First-order Markov chain: what followed the last item most often in training; popularity breaks ties and is the back-off."""
+    """What followed the last item most often in training; popularity breaks ties and is the back-off."""
 
     def fit(self, sequences) -> Markov:
         super().fit(sequences)
@@ -79,7 +79,7 @@ class Markov(Popularity):
 
 
 class ContentNeighbours(Baseline):
-    """The items whose embeddings have the highest cosine with the last item's. No training; nothing for an empty history."""
+    """The items whose embeddings have the highest cosine with the last item's; none for an empty history."""
 
     def __init__(self, embeddings):
         embeddings = np.asarray(embeddings, dtype=np.float32)

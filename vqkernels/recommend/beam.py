@@ -34,7 +34,9 @@ def search(model, histories, beams: int, constrained: bool, exclude_seen: bool, 
         if level + 1 < model.levels:
             cache, rows = out.past_key_values, torch.arange(batch, device=source.device).unsqueeze(1)
             cache.self_attention_cache.batch_select_indices((rows * width + parents).flatten())
-            if width != codes.shape[1]:  # beams of one history share what the encoder said: repeat it only when they multiply
+            if (
+                width != codes.shape[1]
+            ):  # beams of one history share what the encoder said: repeat it only when they multiply
                 owners = (rows * width).expand_as(codes).flatten()
                 cache.cross_attention_cache.batch_select_indices(owners)
                 encoded, mask, width = encoded[owners], mask[owners], codes.shape[1]
@@ -56,7 +58,9 @@ class Free:
         parents, codes = position // logits.shape[-1], position % logits.shape[-1]
         last = codes.unsqueeze(-1)
         if self.codes is not None:
-            last = torch.cat([self.codes.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.codes.shape[-1])), last], -1)
+            last = torch.cat(
+                [self.codes.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.codes.shape[-1])), last], -1
+            )
         self.codes = last
         return scores, parents, codes
 

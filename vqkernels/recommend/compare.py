@@ -30,7 +30,7 @@ METHODS = {
 BASELINES = {
     "popularity": "most popular items",
     "markov": "first-order Markov chain",
-    "content": "content neighbours of the last item",
+    "content": "content neighbours",
 }
 RESULTS = "results.json"
 MODEL_COLUMNS = ("collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
@@ -70,7 +70,9 @@ def make_tokenizer(method: str, levels: int = 3, codebook_size: int = 256, seed:
     kind, _, estimator = method.partition("-")
     names = {"random": "Random", "rkmeans": "ResidualKMeans", "hkmeans": "HierarchicalKMeans", "rqvae": "RQVAE"}
     options = {"estimator": estimator} if estimator else {}
-    return getattr(semantic_ids, names[kind] + "Tokenizer")(levels=levels, codebook_size=codebook_size, seed=seed, **options)
+    return getattr(semantic_ids, names[kind] + "Tokenizer")(
+        levels=levels, codebook_size=codebook_size, seed=seed, **options
+    )
 
 
 def check_methods(methods) -> list[str]:
@@ -90,7 +92,9 @@ class Comparison:
         resume: keep the finished rows of an earlier run in ``out``; it must have had the same data and settings.
     """
 
-    def __init__(self, catalogue: Catalogue, out, settings: Settings, *, embedding: str = "given", resume: bool = False):
+    def __init__(
+        self, catalogue: Catalogue, out, settings: Settings, *, embedding: str = "given", resume: bool = False
+    ):
         if catalogue.embeddings is None:
             raise DataError(f"{catalogue.name} has no embeddings; embed its texts first (vqkernels.data.embed_texts)")
         try:
@@ -113,7 +117,9 @@ class Comparison:
             before = read_results(self.out)
             for part in ("settings", "data"):
                 ours = self.results[part]
-                differ = [f"{k}: {before[part].get(k)!r} then, {v!r} now" for k, v in ours.items() if before[part].get(k) != v]
+                differ = [
+                    f"{k}: {before[part].get(k)!r} then, {v!r} now" for k, v in ours.items() if before[part].get(k) != v
+                ]
                 if differ:
                     raise DataError(
                         f"{found} is of another run and cannot be resumed ({part}: {'; '.join(differ)}). "
@@ -172,7 +178,11 @@ class Comparison:
 
         test = self.split.test
         top, _ = model.recommend_batch(
-            test.histories, TOP, beams=max(s.beams, TOP), users=test.users, progress=lambda share: say("evaluation", share)
+            test.histories,
+            TOP,
+            beams=max(s.beams, TOP),
+            users=test.users,
+            progress=lambda share: say("evaluation", share),
         )
         invalid = model.invalid_rate(
             test.histories, beams=s.free_beams, users=test.users, progress=lambda share: say("free beams", share)
@@ -190,7 +200,9 @@ class Comparison:
             "codebook_sizes": [int(n) for n in tokenizer.codebook_sizes],
             "semantic_id_example": [int(c) for c in tokenizer.semantic_ids[0]],
             "code_counts": [np.bincount(column).tolist() for column in tokenizer.semantic_ids[:, :-1].T],
-            "group_sizes": np.bincount(np.unique(tokenizer.semantic_ids[:, :-1], axis=0, return_counts=True)[1]).tolist(),
+            "group_sizes": np.bincount(
+                np.unique(tokenizer.semantic_ids[:, :-1], axis=0, return_counts=True)[1]
+            ).tolist(),
         }
         return self._add(method, top, extra, kind="tiger")
 
@@ -210,7 +222,11 @@ def read_results(out) -> dict:
     path = Path(out) / RESULTS
     try:
         results = json.loads(path.read_text())
-        if not all(set(METRICS) <= row.keys() for row in results["rows"]) or "settings" not in results or "data" not in results:
+        if (
+            not all(set(METRICS) <= row.keys() for row in results["rows"])
+            or "settings" not in results
+            or "data" not in results
+        ):
             raise KeyError("rows without metrics, or no settings")
         return results
     except FileNotFoundError:

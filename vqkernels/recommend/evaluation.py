@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 def leave_one_out(sequences) -> Split:
-    """Splits each sequence (item ids, oldest first). Sequences shorter than 3 items are training only.
+    """Splits each sequence (item ids, oldest first). Those shorter than 3 items are training only.
 
     Raises:
         ValueError: when no sequence has 3 items.
@@ -38,7 +38,9 @@ def leave_one_out(sequences) -> Split:
     sequences = [np.asarray(s, dtype=np.int64) for s in sequences]
     users = np.array([i for i, s in enumerate(sequences) if len(s) >= 3], dtype=np.int64)
     if not len(users):
-        raise ValueError("no sequence has 3 items, so nothing is left to test on; leave-one-out needs at least one that has")
+        raise ValueError(
+            "no sequence has 3 items, so nothing is left to test on; leave-one-out needs at least one that has"
+        )
 
     def queries(back: int) -> Queries:
         return Queries([sequences[i][:-back] for i in users], np.array([sequences[i][-back] for i in users]), users)
@@ -57,7 +59,8 @@ def metrics(items, targets) -> dict[str, float]:
     widest = max(max(c) for c in CUTOFFS.values())
     if items.ndim != 2 or items.shape[1] < widest or targets.shape != items.shape[:1] or not len(items):
         raise ValueError(
-            f"items {list(items.shape)} and targets {list(targets.shape)}; expected [B, k] with k >= {widest}, and [B], B > 0"
+            f"items {list(items.shape)} and targets {list(targets.shape)}; "
+            f"expected [B, k] with k >= {widest}, and [B], B > 0"
         )
     hits = items == targets[:, None]
     rank = np.where(hits.any(1), hits.argmax(1), widest)  # 0 = best; a list holds an item at most once
@@ -67,6 +70,6 @@ def metrics(items, targets) -> dict[str, float]:
 
 
 def evaluate(recommender, queries: Queries, **options) -> dict[str, float]:
-    """:func:`metrics` of a recommender's top 10; it has ``recommend_batch(histories, k, **options)`` → (items, scores)."""
+    """:func:`metrics` of the top 10 that ``recommender.recommend_batch(histories, k, **options)`` returns first."""
     items, _ = recommender.recommend_batch(queries.histories, 10, **options)
     return metrics(items, queries.targets)

@@ -11,13 +11,13 @@ import numpy as np
 
 from ..data import Catalogue, load_folder
 from ..data.catalogue import write_atomic
-from .compare import BASELINES, METHODS, method_folder, read_results, top_items
+from .compare import BASELINES, METHODS, read_results, top_items
 from .evaluation import METRICS, leave_one_out
 
 LABELS = METHODS | BASELINES
 COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#d97706", "#b91c1c", "#7c3aed")
 COLUMNS = (*METRICS, "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
-HEADS = {"collision_rate": "collisions", "invalid_rate": "invalid beams", "train_seconds": "training"}
+HEADS = {"collision_rate": "collisions", "invalid_rate": "invalid", "train_seconds": "training"}
 
 
 def cell(column: str, value) -> str:
@@ -27,7 +27,7 @@ def cell(column: str, value) -> str:
     if column in METRICS:
         return f"{value:.4f}"
     if column in ("collision_rate", "usage", "invalid_rate"):
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.3g} %"
     return f"{value:.1f}" if column == "perplexity" else f"{value:.0f} s"
 
 
@@ -36,7 +36,9 @@ def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
 
     Users are paired: the mean difference of two rows' hits is given with two standard errors.
     """
-    hits = {r["method"]: (top_items(out, r["method"]) == targets[:, None]).any(1).astype(float) for r in results["rows"]}
+    hits = {
+        r["method"]: (top_items(out, r["method"]) == targets[:, None]).any(1).astype(float) for r in results["rows"]
+    }
     sentences = []
     for row in (r for r in results["rows"] if r["kind"] == "tiger"):
         name, parts = LABELS[row["method"]], []
@@ -78,7 +80,7 @@ def example(out, results: dict, catalogue: Catalogue) -> dict | None:
 
 
 def write_report(out) -> Path:
-    """Draws ``OUT/*.png`` and writes ``OUT/report.html`` from what a comparison left in ``OUT``. Returns the page's path."""
+    """Draws ``OUT/*.png`` and writes ``OUT/report.html`` from what a comparison left in ``OUT``; returns the page."""
     out = Path(out)
     results = read_results(out)
     catalogue = load_folder(out / "catalogue")
@@ -87,8 +89,16 @@ def write_report(out) -> Path:
         for name, caption, draw in (
             ("scores", "Hit rate and NDCG at 10. Pale: the baselines.", _draw_scores),
             ("usage", "How often each code is used, codes sorted by use, one panel per method and level.", _draw_usage),
-            ("collisions", "Items by how many items share their codes; 1 is an item with codes of its own.", _draw_collisions),
-            ("training", "TIGER's loss per code by epoch (solid: training, dashed: validation), and the RQ-VAE's own training.", _draw_training),
+            (
+                "collisions",
+                "Items by how many items share their codes; 1 is an item with codes of its own.",
+                _draw_collisions,
+            ),
+            (
+                "training",
+                "TIGER's loss per code by epoch (solid: training, dashed: validation), and the RQ-VAE's own training.",
+                _draw_training,
+            ),
         )
         if any(r["kind"] == "tiger" for r in results["rows"])
     ]
@@ -147,13 +157,17 @@ def _draw_usage(results) -> bytes:
     for (row, color), line in zip(rows, axes, strict=True):
         for level, ax in enumerate(line[: len(row["code_counts"])]):
             counts = np.sort(row["code_counts"][level])[::-1]
-            ax.fill_between(np.arange(len(counts) + 1), np.append(counts, counts[-1]), step="post", color=color, alpha=0.85, lw=0)
+            ax.fill_between(
+                np.arange(len(counts) + 1), np.append(counts, counts[-1]), step="post", color=color, alpha=0.85, lw=0
+            )
             ax.set_xlim(0, len(counts))
             ax.set_ylim(0, None)
             used, perplexity = row["tokenizer"]["usage"][level], row["tokenizer"]["perplexity"][level]
-            name = f"{LABELS[row['method']]}: " if level == 0 else ""
-            ax.set_title(f"{name}level {level + 1}", fontsize=8, fontweight="bold", loc="left")
-            ax.set_title(f"{100 * used:.0f} % used, perplexity {perplexity:.0f}", fontsize=7.5, loc="right", color="#475569")
+            name = LABELS[row["method"]] if level == 0 else f"level {level + 1}" if row is rows[0][0] else ""
+            ax.set_title(name, fontsize=9, fontweight="bold" if level == 0 else "normal", loc="left")
+            says = f"{100 * used:.0f} % used, perplexity {perplexity:.0f}"
+            place = ax.text(0.98, 0.94, says, transform=ax.transAxes, ha="right", va="top", fontsize=8)
+            place.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})
     figure.supxlabel("codes, most used first", fontsize=8)
     figure.supylabel("items", fontsize=8)
     return _png(figure)
@@ -164,7 +178,9 @@ def _draw_collisions(results) -> bytes:
     figure, axes = _figure(1, 1, 9, 2.6)
     ax, names = axes[0, 0], ["1", "2", "3", "4", "5–8", "9 and more"]
     for place, (row, color) in enumerate(rows):
-        items = np.arange(len(row["group_sizes"])) * row["group_sizes"]  # items in groups of 0, 1, 2, ... with the same codes
+        items = (
+            np.arange(len(row["group_sizes"])) * row["group_sizes"]
+        )  # items in groups of 0, 1, 2, ... with the same codes
         share = [items[a:b].sum() / items.sum() for a, b in ((1, 2), (2, 3), (3, 4), (4, 5), (5, 9), (9, None))]
         x = np.arange(len(names)) + (place - (len(rows) - 1) / 2) * 0.8 / len(rows)
         bars = ax.bar(x, 100 * np.array(share), 0.74 / len(rows), color=color, label=LABELS[row["method"]])
@@ -178,7 +194,9 @@ def _draw_collisions(results) -> bytes:
 
 def _draw_training(results) -> bytes:
     rows = _tiger_rows(results)
-    encoders = [(r, c) for r, c in rows if len(r["tokenizer_history"]) > r["tokenizer"].get("levels", len(r["code_counts"]))]
+    encoders = [
+        (r, c) for r, c in rows if len(r["tokenizer_history"]) > r["tokenizer"].get("levels", len(r["code_counts"]))
+    ]
     figure, axes = _figure(1, 2 if encoders else 1, 9, 2.9)
     ax = axes[0, 0]
     for row, color in rows:
@@ -208,20 +226,34 @@ def _draw_training(results) -> bytes:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1f2937; background: #f8fafc; margin: 0; }
-main { max-width: 1140px; margin: 0 auto; padding: 40px 28px 64px; background: #fff; box-shadow: 0 0 24px rgba(15,23,42,.06); }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; } h2 { font-size: 20px; margin: 44px 0 10px; }
-p { max-width: 72ch; } .lead { color: #475569; margin-top: 0; } .note { color: #64748b; font-size: 14px; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  color: #1f2937; background: #f8fafc; margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 28px 64px; background: #fff;
+  box-shadow: 0 0 24px rgba(15,23,42,.06); }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; }
+h2 { font-size: 20px; margin: 44px 0 10px; }
+h3 { font-size: 15px; margin: 0; color: #475569; }
+p, ul.verdict { max-width: 90ch; }
+.lead { color: #475569; margin-top: 0; }
+.note, figcaption { color: #64748b; font-size: 14px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 7px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
-th { font-weight: 600; color: #475569; border-bottom: 2px solid #cbd5e1; } th:first-child, td:first-child { text-align: left; }
-tr.baseline td { color: #64748b; } tr.first td { border-top: 2px solid #cbd5e1; } td.best { font-weight: 700; color: #1d4ed8; }
-ul.verdict { padding-left: 20px; } ul.verdict li { margin: 4px 0; }
-figure { margin: 18px 0 30px; } figure img { width: 100%; height: auto; display: block; } figcaption { color: #64748b; font-size: 14px; margin-top: 4px; }
-.user { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; } .user ol, .user ul { margin: 6px 0; padding-left: 22px; }
-.user h3 { font-size: 15px; margin: 0; color: #475569; } .hit { font-weight: 700; color: #15803d; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; } dt { color: #64748b; } dd { margin: 0; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 7px 6px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
+th { font-weight: 600; color: #475569; border-bottom: 2px solid #cbd5e1; }
+th:first-child, td:first-child { text-align: left; }
+tr.baseline td { color: #64748b; }
+tr.first td { border-top: 2px solid #cbd5e1; }
+td.best { font-weight: 700; color: #1d4ed8; }
+ul.verdict { padding-left: 20px; }
+ul.verdict li { margin: 4px 0; }
+figure { margin: 18px 0 30px; }
+figure img { width: 100%; height: auto; display: block; }
+.user { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; }
+.user ol, .user ul { margin: 6px 0; padding-left: 28px; }
+.hit { font-weight: 700; color: #15803d; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; }
+dt { color: #64748b; }
+dd { margin: 0; }
 @media (max-width: 700px) { .user { grid-template-columns: 1fr; } main { padding: 24px 16px; } }
 """
 
@@ -234,29 +266,33 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
         f"<h1>Semantic IDs on {text(data['name'])}</h1>",
         f"<p class='lead'>{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
         f"Item texts embedded by {text(data['embedding'])}.</p>",
-        "<p>Each method turns an item's embedding into a short sequence of codes, its semantic ID. TIGER, a small T5 encoder-decoder, "
-        "reads a user's history as such codes and writes the codes of the next item. Only the IDs differ between its rows.</p>",
+        "<p>Each method turns an item's embedding into a short sequence of codes, its semantic ID. TIGER, a small T5 "
+        "encoder-decoder, reads a user's history as such codes and writes the codes of the next item. Only the IDs differ "
+        "between its rows.</p>",
         "<div class='wide'>" + _table(results) + "</div>",
-        f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all {data['items']:,}; "
-        "items already in the history are not recommended, by any method. Collisions: share of items whose codes another item has too "
-        "(a further digit tells them apart). Usage and perplexity: mean over levels. Invalid beams: share of "
-        f"{settings['free_beams']} freely searched beams that are no item's ID; the scores use {settings['beams']} beams held to valid IDs. "
-        "Training: TIGER alone.</p>",
+        f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all "
+        f"{data['items']:,}; items already in the history are not recommended, by any method. Collisions: share of items "
+        "whose codes another item has too (a further digit tells them apart). Usage and perplexity: mean over levels. "
+        f"Invalid: share of {settings['free_beams']} freely searched beams that are no item's ID; the scores use "
+        f"{settings['beams']} beams held to valid IDs. Training: TIGER alone.</p>",
         "<h2>In words</h2>",
         "<ul class='verdict'>" + "".join(f"<li>{text(s)}</li>" for s in verdicts(out, results, targets)) + "</ul>",
-        "<p class='note'>Differences of HR@10 between the same users, ± two standard errors. One run with one seed: other seeds move every "
-        "figure by about as much.</p>",
+        "<p class='note'>Differences of HR@10 over the same users, ± two standard errors, from one run with one seed: "
+        "chance in the training is not in the ±.</p>",
     ]
     shown = example(out, results, catalogue)
     if shown:
-        items = "".join(f"<li{' class=hit' if hit else ''}>{text(t)}{' ✓' if hit else ''}</li>" for t, hit in shown["recommended"])
+        items = "".join(
+            f"<li{' class=hit' if hit else ''}>{text(t)}{' ✓' if hit else ''}</li>" for t, hit in shown["recommended"]
+        )
         found = "It is in the list." if any(hit for _, hit in shown["recommended"]) else "It is not in the list."
         parts += [
             "<h2>One user</h2>",
             f"<p class='note'>User {text(shown['user'])}, drawn by the seed; {shown['seen']} items in the history.</p>",
             "<div class='user'><div><h3>Latest items, oldest first</h3><ul>",
             "".join(f"<li>{text(t)}</li>" for t in shown["history"]),
-            f"</ul></div><div><h3>Recommended by TIGER on {text(LABELS[shown['method']])}</h3><ol>{items}</ol></div></div>",
+            f"</ul></div><div><h3>Recommended by TIGER on {text(LABELS[shown['method']])}</h3>",
+            f"<ol>{items}</ol></div></div>",
             f"<p>What came next: <b>{text(shown['next'])}</b>. {found}</p>",
         ]
     titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training"}
@@ -264,11 +300,17 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
         image = base64.b64encode(png).decode()
         parts.append(f"<h2>{titles[name]}</h2><figure><img alt='{text(caption)}' src='data:image/png;base64,{image}'>"
                      f"<figcaption>{text(caption)}</figcaption></figure>")  # fmt: skip
-    facts = {k: v for k, v in machine.items()} | {k.replace("_", " "): v for k, v in settings.items()}
-    parts += ["<h2>Machine and settings</h2><dl>", "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()), "</dl>"]
+    facts = machine | {k.replace("_", " "): v for k, v in settings.items()}
+    parts += [
+        "<h2>Machine and settings</h2><dl>",
+        "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()),
+        "</dl>",
+    ]
     return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Semantic IDs on {text(data['name'])}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>Semantic IDs on {text(data['name'])}</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>"
     )
 
 

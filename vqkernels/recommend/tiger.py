@@ -6,6 +6,7 @@ Rajput et al. 2023, "Recommender Systems with Generative Retrieval" (arXiv 2305.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -73,14 +74,18 @@ class TIGER(nn.Module):
         told = sizes > 1
         told[0] |= not told.any()
         self.trie = Trie(ids[:, told], sizes[told])
-        self.levels, self.num_items, self.codebook_sizes = self.trie.depth, self.trie.num_items, self.trie.codebook_sizes
+        self.levels, self.num_items, self.codebook_sizes = (
+            self.trie.depth,
+            self.trie.num_items,
+            self.trie.codebook_sizes,
+        )
         self.max_history, self.window, self.user_bins, self.seed = max_history, window, user_bins, seed
         self.history: list[dict] = []
-        self._config = dict(d_model=d_model, d_ff=d_ff, heads=heads, layers=layers, dropout=dropout,
-                            max_history=max_history, window=window, user_bins=user_bins, seed=seed)  # fmt: skip
+        self._config = {"d_model": d_model, "d_ff": d_ff, "heads": heads, "layers": layers, "dropout": dropout,
+                        "max_history": max_history, "window": window, "user_bins": user_bins, "seed": seed}  # fmt: skip
 
         offsets = np.cumsum([START + 1 + user_bins, *self.codebook_sizes])
-        self.level_ranges = [(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        self.level_ranges = [(int(a), int(b)) for a, b in itertools.pairwise(offsets)]
         tokens = np.full((self.num_items + 1, self.levels), PAD, dtype=np.int64)  # row 0 is padding
         tokens[1:] = ids[:, told] + offsets[:-1]
         self.register_buffer("item_tokens", torch.from_numpy(tokens), persistent=False)
@@ -124,7 +129,7 @@ class TIGER(nn.Module):
         return torch.full((rows, 1), START, device=self.device)
 
     def context(self, histories: list[np.ndarray], users: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encoder tokens and the decoder's first tokens; histories must fill the window equally far (see ``groups``)."""
+        """Encoder tokens and the decoder's first tokens; histories must fill the window equally far."""
         inside = min(len(histories[0]), self.window - 1)
         reach = self.max_history - (self.window - 1)
         past = [h[max(0, len(h) - inside - reach) : len(h) - inside] for h in histories]
@@ -228,7 +233,11 @@ class TIGER(nn.Module):
                 batches = list(self._batches(sequences, users, batch_size, rng))
                 for step, (past, target, who) in enumerate(batches):
                     done = (epoch + (step + 0.5) / len(batches)) / epochs
-                    rate = done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+                    rate = (
+                        done / warmup
+                        if done < warmup
+                        else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+                    )
                     for group in optimizer.param_groups:
                         group["lr"] = lr * rate
                     loss = self._loss(past.to(self.device), target.to(self.device), who)
@@ -307,7 +316,7 @@ class TIGER(nn.Module):
 
     @torch.inference_mode()
     def score(self, histories, items, *, users=None, batch_size: int = 256) -> np.ndarray:
-        """Log-probability of one item after each history, float32 ``[B]``: what beam search adds up, computed directly."""
+        """Log-probability of one item after each history, float32 ``[B]``: what beam search adds up, directly."""
         histories, items = [self._checked(h) for h in histories], self._checked(items)
         out = np.empty(len(histories), dtype=np.float32)
         for rows, group, who in self._groups(histories, users, batch_size):
@@ -358,9 +367,18 @@ class TIGER(nn.Module):
         ids = self.item_tokens[1:].cpu() - torch.tensor([low for low, _ in self.level_ranges])
         state = {name: value.cpu().contiguous() for name, value in self.t5.state_dict().items()}
         # the embedding is one tensor under several names
-        state = {"t5." + name: value for name, value in state.items() if not name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        state = {
+            "t5." + name: value
+            for name, value in state.items()
+            if not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        }
         write_atomic(folder / WEIGHTS, save({"semantic_ids": ids.contiguous(), **state}))
-        config = {"format": 1, "codebook_sizes": self.codebook_sizes, "arguments": self._config, "history": self.history}
+        config = {
+            "format": 1,
+            "codebook_sizes": self.codebook_sizes,
+            "arguments": self._config,
+            "history": self.history,
+        }
         write_atomic(folder / CONFIG, json.dumps(config, indent=1).encode())
         return folder
 

@@ -15,7 +15,7 @@ class Trie:
         codebook_sizes: how many codes each level has (``L`` numbers); by default what the codes need.
 
     Nodes are numbered breadth first from the root 0, so the edge at position ``e`` leads to node ``e + 1`` and the
-    leaves are the last ``N`` nodes. The children of node ``s`` are ``edge_children[row_offsets[s]:row_offsets[s + 1]]``,
+    leaves are the last ``N`` nodes. Node ``s`` has the children ``edge_children[row_offsets[s]:row_offsets[s + 1]]``,
     with their codes, ascending, at the same places of ``edge_tokens``.
 
     Attributes:
@@ -31,8 +31,8 @@ class Trie:
         ids = np.asarray(semantic_ids)
         if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
-                f"semantic_ids is {ids.dtype} of shape {list(ids.shape)}; a trie needs integer codes [N, L] with at least "
-                "one item and one level"
+                f"semantic_ids is {ids.dtype} of shape {list(ids.shape)}; a trie needs integer codes [N, L] with "
+                "at least one item and one level"
             )
         ids = ids.astype(np.int64)
         count, depth = ids.shape

@@ -113,8 +113,11 @@ def write_report(out) -> Path:
 
 
 def _figure(rows: int, columns: int, width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("reports are drawn with matplotlib. Run: pip install 'vqkernels[models]'") from None
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -267,12 +270,12 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
         f"<p class='lead'>{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
         f"Item texts embedded by {text(data['embedding'])}.</p>",
         "<p>Each method turns an item's embedding into a short sequence of codes, its semantic ID. TIGER, a small T5 "
-        "encoder-decoder, reads a user's history as such codes and writes the codes of the next item. Only the IDs differ "
-        "between its rows.</p>",
+        "encoder-decoder, reads a user's history as such codes and writes the codes of the next item. Only the IDs "
+        "differ between its rows.</p>",
         "<div class='wide'>" + _table(results) + "</div>",
         f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all "
-        f"{data['items']:,}; items already in the history are not recommended, by any method. Collisions: share of items "
-        "whose codes another item has too (a further digit tells them apart). Usage and perplexity: mean over levels. "
+        f"{data['items']:,}; items already in the history are not recommended, by any method. Collisions: share of "
+        "items whose codes another item has too (a further digit tells them apart). Usage and perplexity: mean over levels. "
         f"Invalid: share of {settings['free_beams']} freely searched beams that are no item's ID; the scores use "
         f"{settings['beams']} beams held to valid IDs. Training: TIGER alone.</p>",
         "<h2>In words</h2>",

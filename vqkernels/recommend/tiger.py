@@ -62,8 +62,10 @@ class TIGER(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        from transformers import T5Config, T5ForConditionalGeneration
-
+        try:
+            from transformers import T5Config, T5ForConditionalGeneration
+        except ImportError:
+            raise ImportError("TIGER is built on transformers. Run: pip install 'vqkernels[models]'") from None
         if not 1 <= window <= max_history:
             raise ValueError(f"window is {window}; it must lie between 1 and max_history = {max_history}")
         if d_model % heads:

@@ -118,6 +118,17 @@ def test_ema_and_commitment_by_the_formula():
         codebook = layer.codebook.double()
 
 
+@pytest.mark.parametrize("train", (True, False))
+def test_topk_by_the_formula(train):
+    layer = VectorQuantize(DIM, K, commitment_weight=0.4).train(train)
+    before, x = state(layer), torch.randn(2, 30, DIM)
+    quantized, index, loss = layer(x, topk=4)
+    order = torch.cdist(x.double(), layer.codebook.double().expand(2, K, DIM)).argsort(-1)
+    assert torch.equal(index, order[..., :4]) and torch.equal(quantized, layer.codebook[index])
+    torch.testing.assert_close(loss, 0.4 * (layer.codebook[index] - x[:, :, None]).square().mean(-1))
+    assert torch.equal(index[..., 0], layer(x)[1]) and (train or same(before, state(layer)))
+
+
 @pytest.mark.parametrize("estimator", ("rotation", "reflection", "ste"))
 def test_estimator_option(estimator):
     layer = VectorQuantize(DIM, K, estimator=estimator, commitment_weight=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +15,18 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as IEEE 754 has it and the compiled kernels do; torch's CPU sqrt calls a vector library that is off by a bit."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
 def normalize(x: Tensor) -> Tensor:
     """l2-normalises the last dimension by the documented rule: the sum of squares is added in float64 in feature
     order; each value is divided in float64 and rounded once. Zero vectors stay zero."""
     total = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
     for d in range(x.shape[-1]):
         total += x[..., d].double() * x[..., d].double()
-    norm = total.sqrt().unsqueeze(-1)
+    norm = _sqrt(total).unsqueeze(-1)
     return torch.where(norm > 0, x.double() / norm, 0.0).to(accumulate_dtype(x))
 
 

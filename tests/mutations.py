@@ -1,0 +1,117 @@
+"""Breaks the sources on purpose, one mutation at a time in a copy of the tree, and reports which test catches each.
+
+    python tests/mutations.py [WORD ...]     all mutations, or those whose name contains a word
+
+A surviving mutation is a hole in the tests (exit code 1). Kernel mutations are compiled incrementally in the copy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# name: file, what stands there (a regular expression), what replaces it, the tests that should notice
+KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", "tests/test_gradients.py"
+CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
+SEARCH = "csrc/cpu/nearest_codeword_kernel.h"
+MUTATIONS = {
+    "rotation trick becomes straight-through": (
+        "vqkernels/ops/rotation_trick.py", r"ctx\.estimator = estimator", "ctx.estimator = 0", GRADIENTS),
+    "fused rotation becomes straight-through": (
+        "vqkernels/ops/residual_quantize.py", r"ctx\.estimator, ctx\.per_level, ctx\.beta = estimator,", "ctx.estimator, ctx.per_level, ctx.beta = 0,", GRADIENTS),
+    "no gradient to the encoder": (
+        "vqkernels/ops/residual_quantize.py", r"if ctx\.needs_input_grad\[0\]:", "if False:", GRADIENTS),
+    "no codebook gradient": (
+        "vqkernels/ops/residual_quantize.py", r"grads\[level\] = \(scale\[level\]", "grads[level] = 0 * (scale[level]", GRADIENTS),
+    "commitment gradient without beta": (
+        "vqkernels/ops/residual_quantize.py", r"\(ctx\.beta \* scale\)", "scale", GRADIENTS),
+    "kernel: R instead of its transpose": (
+        "csrc/cpu/estimator_kernel.h", r"\? 2 \* qg : 0", "? 2 * zg : 0", OPS),
+    "kernel: last row of the rotation is skipped": (
+        "csrc/cpu/rotation_trick_kernel.h", r"n < end; \+\+n\)", "n < end - 1; ++n)", OPS),
+    "kernel: farthest codeword": (
+        SEARCH, r"const bool better = \(cost\[j\] < best\)", "const bool better = (cost[j] > best)", OPS),
+    "kernel: ties go to the highest index": (
+        SEARCH, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
+    "kernel: no error bound": (
+        SEARCH, r"static_cast<float>\(2 \* eps\) : 0\.0f", "0.0f : 0.0f", KERNEL),
+    "kernel: last panel is skipped": (
+        SEARCH, r"const int64_t last = first \+ block < cb\.panels_count \? first \+ block : cb\.panels_count;",
+        "const int64_t last = first + block < cb.panels_count ? first + block : cb.panels_count - (cb.panels_count > 1);", OPS),
+    "kernel: sums lose a chunk's last row": (
+        "csrc/cpu/codeword_sums.cpp", r"for \(int64_t n = c \* job\.chunk; n < end; \+\+n\)\n", "for (int64_t n = c * job.chunk; n < end - 1; ++n)\n", CODEBOOK),
+    "k-means: means are not divided": (
+        "vqkernels/ops/kmeans.py", r"sums / counts\.clamp\(min=1\)\.unsqueeze\(-1\)", "sums", CODEBOOK),
+    "usage: masked rows are counted": (
+        "vqkernels/reference/codebook_usage.py", r"indices < 0, codebook_size, indices", "indices < 0, 0, indices", OPS),
+    "trie: a dead beam lives": (
+        "vqkernels/reference/trie_topk.py", r"live = states >= 0", "live = states >= -1", CODEBOOK),
+    "layer: EMA without division": (
+        "vqkernels/layers/codebook.py", r"self\.embed_avg / smoothed\.unsqueeze\(-1\)", "self.embed_avg", LAYERS),
+    "layer: decay is ignored": (
+        "vqkernels/layers/codebook.py", r"step = \(1\.0 - self\.decay\)", "step = 1.0", LAYERS),
+    "layer: dead codewords never expire": (
+        "vqkernels/layers/codebook.py", r"if not self\.threshold_ema_dead_code or", "if True or", LAYERS),
+    "layer: commitment loss times three": (
+        "vqkernels/layers/vector_quantize.py", r"_trainable\(commitment \*", "_trainable(3 * commitment *", LAYERS),
+    "layer: commitment loss of topk times three": (
+        "vqkernels/layers/vector_quantize.py", r"loss = commitment \* self", "loss = 3 * commitment * self", "tests/test_layers_differential.py"),
+}  # fmt: skip
+
+
+def build(tree: Path) -> None:
+    environment = {**os.environ, "VQK_CUDA": "0"}
+    result = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"mutations: the copy does not build:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+
+
+def first_failure(tree: Path, tests: str) -> str | None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", tests]
+    out = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    if out.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", out.stdout, flags=re.M)
+    return found[1] if found else f"pytest exit code {out.returncode}: {out.stdout[-300:]}{out.stderr[-300:]}"
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = {k: v for k, v in MUTATIONS.items() if not words or any(w in k for w in words)}
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "vqkernels"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", ".*_cache"))
+        # the editable install of the original serves vqkernels.triton_kernels; the copy brings its own
+        (tree / "vqkernels" / "triton_kernels").symlink_to("../triton_kernels")
+        if any(v[0].startswith("csrc") for v in chosen.values()):
+            build(tree)
+        for name, (file, pattern, replacement, tests) in chosen.items():
+            path = tree / file
+            source = path.read_text()
+            mutant, n = re.subn(pattern, lambda _, r=replacement: r, source, count=1)
+            if n != 1:
+                sys.exit(f"mutations: {name!r} no longer finds its place in {file}; update tests/mutations.py")
+            path.write_text(mutant)
+            if compiled := file.startswith("csrc"):
+                build(tree)
+            caught = first_failure(tree, tests)
+            path.write_text(source)
+            if compiled:
+                build(tree)
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}: {caught or tests}", flush=True)
+            if not caught:
+                survivors.append(name)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

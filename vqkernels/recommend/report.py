@@ -276,8 +276,8 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
         f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all "
         f"{data['items']:,}; items already in the history are not recommended, by any method. Collisions: share of "
         "items whose codes another item has too (a further digit tells them apart). Usage and perplexity: "
-        f"mean over levels. Invalid: share of {settings['free_beams']} freely searched beams that are no item's ID; the "
-        f"scores use {settings['beams']} beams held to valid IDs. Training: TIGER alone.</p>",
+        f"mean over levels. Invalid: share of {settings['free_beams']} freely searched beams that are no item's ID; "
+        f"the scores use {settings['beams']} beams held to valid IDs. Training: TIGER alone.</p>",
         "<h2>In words</h2>",
         "<ul class='verdict'>" + "".join(f"<li>{text(s)}</li>" for s in verdicts(out, results, targets)) + "</ul>",
         "<p class='note'>Differences of HR@10 over the same users, ± two standard errors, from one run with one seed: "

@@ -61,7 +61,7 @@ constexpr int kMaxRows = 192;  // rows of one task, at most: a multiple of every
 // Rows per task: enough tasks for many cores, enough rows to pay for streaming the codebook. A
 // function of the sizes alone, so that sums over blocks do not depend on the number of threads.
 inline int64_t rows_per_task(int64_t rows) {
-  const int64_t even = (rows + 127) / 128;
+  const int64_t even = (rows + 63) / 64;
   return even >= kMaxRows ? kMaxRows : even <= 48 ? 48 : (even + 11) / 12 * 12;
 }
 

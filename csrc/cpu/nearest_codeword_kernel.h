@@ -30,8 +30,8 @@ constexpr int64_t kBlockVectors = 64;         // of folded minima per row: 12 Ki
 
 typedef float Vec __attribute__((vector_size(4 * VQK_LANES)));
 typedef float VecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(4 * VQK_LANES)));
-typedef int32_t IntVecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
+typedef uint32_t IntVec __attribute__((vector_size(4 * VQK_LANES)));
+typedef uint32_t IntVecAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(4), may_alias));
 #define VQK_INLINE static inline __attribute__((always_inline))
 
 VQK_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAtAny*>(p); }

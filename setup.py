@@ -173,7 +173,8 @@ def ninja_file(tools, outputs):
         f"rule link\n  command = {quote(link)} $in -o $out $flags\n  description = link $out",
     ]
     if cuda:
-        nvcc = [tools["nvcc"], "-ccbin", shutil.which(cxx[-1]) or cxx[-1]]
+        host = next(filter(None, map(shutil.which, reversed(cxx))))  # the compiler itself in "ccache g++"
+        nvcc = [tools["nvcc"], "-ccbin", host]
         compile_cuda = quote(nvcc + NVCC_FLAGS + tools["gencode"] + include)
         link_cuda = quote([*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"])
         lines += [

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Runs test_simd_levels on an emulated Ice Lake processor, so that the AVX-512 kernels' own instructions execute on a machine without them.
+# Runs test_simd_levels on an emulated Skylake-X processor, so that the AVX-512 kernels' own instructions execute on a machine without them.
 # Debian packages: bochs bochsbios vgabios xorriso isolinux syslinux-common linux-image-cloud-amd64 (its kernel is booted, not installed:
 # pass the path of a vmlinuz as the first argument, default: the newest in /boot). Takes some minutes. VQK_ROWS sets the rows (default 1000000).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 kernel=${1:-$(ls -v /boot/vmlinuz-* | tail -n 1)}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+[ -n "${VQK_KEEP:-}" ] || trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/root" "$work/iso"
 g++ -O3 -std=c++20 -ffp-contract=off -static -I csrc/include tests/cpp/test_simd_levels.cpp csrc/cpu/*.cpp -o "$work/root/init"
 mkdir "$work/root/dev" && mknod "$work/root/dev/console" c 5 1
 (cd "$work/root" && find . | cpio -o -H newc --quiet | gzip >"$work/iso/initrd.gz")
 cp "$kernel" "$work/iso/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$work/iso/"
-printf 'DEFAULT test\nPROMPT 0\nLABEL test\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=ttyS0 quiet mitigations=off nokaslr VQK_ROWS=%s\n' \
+printf 'DEFAULT test\nPROMPT 0\nLABEL test\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=ttyS0 earlyprintk=serial,ttyS0,115200 mitigations=off nokaslr nopku VQK_ROWS=%s\n' \
   "${VQK_ROWS:-1000000}" >"$work/iso/isolinux.cfg"
 xorriso -as mkisofs -quiet -o "$work/boot.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$work/iso"
 cat >"$work/bochsrc" <<RC
 display_library: rfb, options="timeout=0"
 megs: 1024
-cpu: model=corei7_icelake_u, count=1, ips=100000000
+cpu: model=corei7_skylake_x, count=1, ips=100000000
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
 ata0-master: type=cdrom, path=$work/boot.iso, status=inserted

@@ -27,7 +27,7 @@ def cell(column: str, value) -> str:
     if column in METRICS:
         return f"{value:.4f}"
     if column in ("collision_rate", "usage", "invalid_rate"):
-        return f"{100 * value:.3g} %"
+        return "100 %" if value == 1 else f"{100 * value:.{2 if 0 < value < 0.01 else 1}f} %"
     return f"{value:.1f}" if column == "perplexity" else f"{value:.0f} s"
 
 
@@ -50,7 +50,7 @@ def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
             word = "clearly beats" if mean > error else "is above" if mean > 0 else "does not beat"
             noise = "" if abs(mean) > error else ", within noise"
             parts.append(f"{word} {its} ({mean:+.4f} ± {error:.4f}{noise})")
-        sentences.append(f"{name[0].upper()}{name[1:]}: HR@10 {row['HR@10']:.4f} {'; '.join(parts)}.")
+        sentences.append(f"{name[0].upper()}{name[1:]}: HR@10 {row['HR@10']:.4f}, {'; '.join(parts)}.")
     return sentences
 
 

@@ -52,8 +52,10 @@ int main(int argc, char** argv) {
   if (argc > 1) threads = std::max(1, std::atoi(argv[1]));
   const Parallel parallel{run, threads};
   const int64_t N = 262144, D = 256, M = N * D, Q = 4, K = 1024, I = 1 << 24;
-  float *z = make<float>(M), *q = make<float>(M), *g = make<float>(M), *out = make<float>(M), *sums = make<float>(K * D);
-  for (int64_t i = 0; i < M; ++i) z[i] = draw() * 1e-7f - 0.8f, q[i] = draw() * 1e-7f - 0.8f, g[i] = draw() * 1e-7f, out[i] = 0;
+  float *z = make<float>(M), *q = make<float>(M), *g = make<float>(M), *out = make<float>(M),
+        *sums = make<float>(K * D);
+  for (int64_t i = 0; i < M; ++i)
+    z[i] = draw() * 1e-7f - 0.8f, q[i] = draw() * 1e-7f - 0.8f, g[i] = draw() * 1e-7f, out[i] = 0;
   int64_t *indices = make<int64_t>(I), *codes = make<int64_t>(N * Q), *counts = make<int64_t>(65536), bad;
   for (int64_t i = 0; i < I; ++i) indices[i] = draw() % K;
   for (int64_t i = 0; i < N * Q; ++i) codes[i] = draw() % 256;
@@ -70,17 +72,25 @@ int main(int argc, char** argv) {
   std::vector<Row> rows;
   rows.push_back({"memcpy 256 MiB", 8.0 * M, [&] {
                     float* pair[2] = {z, out};
-                    run(64, [](void* p, int64_t t) {
-                      float** a = static_cast<float**>(p);
-                      const int64_t part = N * D / 64;
-                      std::memcpy(a[1] + t * part, a[0] + t * part, part * 4);
-                    }, pair);
+                    run(
+                        64,
+                        [](void* p, int64_t t) {
+                          float** a = static_cast<float**>(p);
+                          const int64_t part = N * D / 64;
+                          std::memcpy(a[1] + t * part, a[0] + t * part, part * 4);
+                        },
+                        pair);
                   }});
   for (const char* level : {"portable", "avx2"}) {
-    auto with = [&, level](auto call) { return [=] { if (!set_simd_level(level)) call(); }; };
+    auto with = [&, level](auto call) {
+      return [=] {
+        if (!set_simd_level(level)) call();
+      };
+    };
     const std::string at = std::string(" ") + level;
     for (int64_t d : {32l, 256l})
-      for (auto [type, size, name] : {std::tuple{DType::f32, 4, "f32"}, {DType::bf16, 2, "bf16"}, {DType::f16, 2, "f16"}})
+      for (auto [type, size, name] :
+           {std::tuple{DType::f32, 4, "f32"}, {DType::bf16, 2, "bf16"}, {DType::f16, 2, "f16"}})
         rows.push_back({"rotation_trick_backward " + std::to_string(M / d) + "x" + std::to_string(d) + " " + name + at,
                         4.0 * M * size, with([=, &parallel] {
                           cpu::rotation_trick_backward({z, q, g, out, M / d, d, type, Estimator::rotation}, parallel);
@@ -92,13 +102,13 @@ int main(int argc, char** argv) {
       rows.push_back({std::string("residual_quantize_backward Q=4 ") + (per_level ? "per level" : "sum") + at,
                       12.0 * M + 8.0 * N * Q, with([=, &parallel, &books, &sizes, &scale] {
                         cpu::residual_quantize_backward({z, books, sizes, codes, g, scale, out, 1, N, Q, D, DType::f32,
-                                                         Estimator::rotation, per_level}, parallel);
+                                                         Estimator::rotation, per_level},
+                                                        parallel);
                       })});
   }
   for (int64_t k : {1024l, 65536l})
-    rows.push_back({"codebook_usage 16M K=" + std::to_string(k), 8.0 * I, [=, &parallel, &bad] {
-                      cpu::codebook_usage({indices, counts, &bad, 1, I, k}, parallel);
-                    }});
+    rows.push_back({"codebook_usage 16M K=" + std::to_string(k), 8.0 * I,
+                    [=, &parallel, &bad] { cpu::codebook_usage({indices, counts, &bad, 1, I, k}, parallel); }});
 
   for (int repeat = 0; repeat < 5; ++repeat)
     for (Row& row : rows) {

@@ -17,7 +17,9 @@ Tensor codebook_usage_cpu(const Tensor& indices, int64_t K) {
   cpu::codebook_usage({.indices = static_cast<const int64_t*>(ic.const_data_ptr()),
                        .counts = static_cast<int64_t*>(counts.mutable_data_ptr()),
                        .bad = &bad,
-                       .S = S, .N = N, .K = K},
+                       .S = S,
+                       .N = N,
+                       .K = K},
                       torch_threads(op));
   check_range(op, bad, K);
   return counts;
@@ -34,7 +36,9 @@ Tensor codebook_usage_cuda(const Tensor& indices, int64_t K) {
   check_cuda(op, cuda::codebook_usage({.indices = static_cast<const int64_t*>(ic.const_data_ptr()),
                                        .counts = static_cast<int64_t*>(counts.mutable_data_ptr()),
                                        .bad = nullptr,
-                                       .S = S, .N = N, .K = K},
+                                       .S = S,
+                                       .N = N,
+                                       .K = K},
                                       cuda_stream(op, indices)));
   return counts;
 }
@@ -43,12 +47,8 @@ Tensor codebook_usage_cuda(const Tensor& indices, int64_t K) {
 }  // namespace
 }  // namespace vqk::bind
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
-  m.impl("codebook_usage", TORCH_BOX(&vqk::bind::codebook_usage_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) { m.impl("codebook_usage", TORCH_BOX(&vqk::bind::codebook_usage_cpu)); }
 
 #ifdef VQK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
-  m.impl("codebook_usage", TORCH_BOX(&vqk::bind::codebook_usage_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) { m.impl("codebook_usage", TORCH_BOX(&vqk::bind::codebook_usage_cuda)); }
 #endif

@@ -17,7 +17,10 @@ static std::tuple<Tensor, Tensor> codeword_sums_cpu(const Tensor& z, const Tenso
                       .sums = sums.mutable_data_ptr(),
                       .counts = static_cast<int64_t*>(counts.mutable_data_ptr()),
                       .bad = &bad,
-                      .H = H, .N = N, .K = K, .D = D,
+                      .H = H,
+                      .N = N,
+                      .K = K,
+                      .D = D,
                       .dtype = type},
                      torch_threads(op));
   check_range(op, bad, K);
@@ -26,6 +29,4 @@ static std::tuple<Tensor, Tensor> codeword_sums_cpu(const Tensor& z, const Tenso
 
 }  // namespace vqk::bind
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
-  m.impl("codeword_sums", TORCH_BOX(&vqk::bind::codeword_sums_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) { m.impl("codeword_sums", TORCH_BOX(&vqk::bind::codeword_sums_cpu)); }

@@ -27,9 +27,11 @@ static double fma_peak() { return cpu::fma_peak_gflops(torch_threads("fma_peak_g
 void* cuda_stream(const char* op, const Tensor& t) {
   using Get = int32_t (*)(int32_t, void**);
   static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  if (!get) fail(op, "this torch has no CUDA (aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
+  if (!get)
+    fail(op, "this torch has no CUDA (aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
   void* stream = nullptr;
-  if (get(t.get_device_index(), &stream) != 0) fail(op, "torch refused the current CUDA stream of device ", t.get_device_index());
+  if (get(t.get_device_index(), &stream) != 0)
+    fail(op, "torch refused the current CUDA stream of device ", t.get_device_index());
   return stream;
 }
 #endif

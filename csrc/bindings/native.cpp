@@ -93,10 +93,18 @@ py::tuple nearest_codeword(const py::array& z, const py::array& codebook, const 
   int64_t H = z.shape(0), N = z.shape(1), D = z.shape(2);
   py::array indices = empty(py::dtype("int64"), {H, N}), distances = empty(accumulate_dtype(z), {H, N});
   launch(cpu::nearest_codeword,
-         NearestCodewordParams{.z = data(z), .codebook = data(codebook), .mask = mask_data(mask),
-                               .indices = longs(indices), .distances = distances.mutable_data(),
-                               .H = H, .N = N, .K = codebook.shape(1), .D = D,
-                               .dtype = dtype(z), .metric = static_cast<Metric>(metric), .certified = certified},
+         NearestCodewordParams{.z = data(z),
+                               .codebook = data(codebook),
+                               .mask = mask_data(mask),
+                               .indices = longs(indices),
+                               .distances = distances.mutable_data(),
+                               .H = H,
+                               .N = N,
+                               .K = codebook.shape(1),
+                               .D = D,
+                               .dtype = dtype(z),
+                               .metric = static_cast<Metric>(metric),
+                               .certified = certified},
          threads);
   return py::make_tuple(indices, distances);
 }
@@ -107,14 +115,24 @@ py::tuple residual_quantize(const py::array& z, const std::vector<py::array>& co
   std::vector<const void*> books;
   std::vector<int64_t> K;
   for (const py::array& c : codebooks) books.push_back(data(c)), K.push_back(c.shape(1));
-  py::array indices = empty(py::dtype("int64"), {H, N, Q}), quantized = empty(z.dtype(), {H, N, D}), losses = empty(accumulate_dtype(z), {Q});
+  py::array indices = empty(py::dtype("int64"), {H, N, Q}), quantized = empty(z.dtype(), {H, N, D}),
+            losses = empty(accumulate_dtype(z), {Q});
   int64_t valid = 0;
   launch(cpu::residual_quantize,
-         ResidualQuantizeParams{.z = data(z), .codebooks = books.data(), .K = K.data(), .mask = mask_data(mask),
-                                .indices = longs(indices), .quantized = quantized.mutable_data(),
-                                .losses = losses.mutable_data(), .valid = &valid,
-                                .H = H, .N = N, .Q = Q, .D = D,
-                                .dtype = dtype(z), .metric = static_cast<Metric>(metric)},
+         ResidualQuantizeParams{.z = data(z),
+                                .codebooks = books.data(),
+                                .K = K.data(),
+                                .mask = mask_data(mask),
+                                .indices = longs(indices),
+                                .quantized = quantized.mutable_data(),
+                                .losses = losses.mutable_data(),
+                                .valid = &valid,
+                                .H = H,
+                                .N = N,
+                                .Q = Q,
+                                .D = D,
+                                .dtype = dtype(z),
+                                .metric = static_cast<Metric>(metric)},
          threads);
   return py::make_tuple(indices, quantized, losses);
 }
@@ -123,8 +141,8 @@ py::array codebook_usage(const py::array& indices, int64_t K, int threads) {
   int64_t S = indices.shape(0), N = indices.shape(1), bad = -1;
   py::array counts = empty(py::dtype("int64"), {S, K});
   launch(cpu::codebook_usage,
-         CodebookUsageParams{.indices = indices_data(indices), .counts = longs(counts), .bad = &bad,
-                             .S = S, .N = N, .K = K},
+         CodebookUsageParams{
+             .indices = indices_data(indices), .counts = longs(counts), .bad = &bad, .S = S, .N = N, .K = K},
          threads);
   check_range("codebook_usage", bad, K);
   return counts;
@@ -134,9 +152,16 @@ py::tuple codeword_sums(const py::array& z, const py::array& indices, int64_t K,
   int64_t H = z.shape(0), N = z.shape(1), D = z.shape(2), bad = -1;
   py::array sums = empty(accumulate_dtype(z), {H, K, D}), counts = empty(py::dtype("int64"), {H, K});
   launch(cpu::codeword_sums,
-         CodewordSumsParams{.z = data(z), .indices = indices_data(indices), .sums = sums.mutable_data(),
-                            .counts = longs(counts), .bad = &bad,
-                            .H = H, .N = N, .K = K, .D = D, .dtype = dtype(z)},
+         CodewordSumsParams{.z = data(z),
+                            .indices = indices_data(indices),
+                            .sums = sums.mutable_data(),
+                            .counts = longs(counts),
+                            .bad = &bad,
+                            .H = H,
+                            .N = N,
+                            .K = K,
+                            .D = D,
+                            .dtype = dtype(z)},
          threads);
   check_range("codeword_sums", bad, K);
   return py::make_tuple(sums, counts);

@@ -4,7 +4,8 @@ namespace vqk::bind {
 namespace {
 
 template <class Launch>
-Tensor rotation_trick_backward(const Tensor& z, const Tensor& q, const Tensor& grad, int64_t estimator_, Launch launch) {
+Tensor rotation_trick_backward(const Tensor& z, const Tensor& q, const Tensor& grad, int64_t estimator_,
+                               Launch launch) {
   const char* op = "rotation_trick_backward";
   check_dim(op, "z", z, 2, "[N, D]");
   int64_t N = z.size(0), D = z.size(1);
@@ -17,7 +18,8 @@ Tensor rotation_trick_backward(const Tensor& z, const Tensor& q, const Tensor& g
                                          .q = qc.const_data_ptr(),
                                          .grad = gc.const_data_ptr(),
                                          .dz = dz.mutable_data_ptr(),
-                                         .N = N, .D = D,
+                                         .N = N,
+                                         .D = D,
                                          .dtype = type,
                                          .estimator = estimator(op, estimator_)});
   return dz;

@@ -117,8 +117,7 @@ inline Metric metric(const char* op, int64_t value) {
 }
 
 inline void check_range(const char* op, int64_t bad, int64_t K) {
-  if (bad >= 0)
-    fail(op, "index ", bad, " is out of range for codebook_size ", K, "; allowed: -1 (skipped) .. ", K - 1);
+  if (bad >= 0) fail(op, "index ", bad, " is out of range for codebook_size ", K, "; allowed: -1 (skipped) .. ", K - 1);
 }
 
 // PyTorch's threads. Every worker draws tasks from one counter: on a busy machine a static split

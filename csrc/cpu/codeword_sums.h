@@ -4,9 +4,9 @@
 
 namespace vqk::cpu {
 
-struct SumPiece {              // codewords [first, last) and columns [begin, end) of head h
+struct SumPiece {  // codewords [first, last) and columns [begin, end) of head h
   int64_t h, first, last, begin, end;
-  const int64_t* offsets;      // [K+1]: the rows of codeword k are rows[offsets[k]:offsets[k+1]]
+  const int64_t* offsets;  // [K+1]: the rows of codeword k are rows[offsets[k]:offsets[k+1]]
   const int64_t* rows;
 };
 

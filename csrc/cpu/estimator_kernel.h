@@ -31,8 +31,12 @@ static inline double sum8(const v4d* half) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-struct Dots { double zz, qq, zq, zg, qg; };
-struct Weights { double a, b, c; };  // dz = a g + b z + c q
+struct Dots {
+  double zz, qq, zq, zg, qg;
+};
+struct Weights {
+  double a, b, c;
+};  // dz = a g + b z + c q
 
 template <class Z, class Q, class G>
 static inline Dots dots(const Z* z, const Q* q, const G* g, int64_t D) {

@@ -5,11 +5,23 @@
 
 namespace {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-inline float as_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
-inline uint32_t as_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
+inline float as_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
 
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
@@ -31,8 +43,8 @@ inline void round_to(float x, bf16* out) {
 inline void round_to(float x, f16* out) {
   const uint32_t u = as_bits(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
   uint32_t half;
-  if (body > 0x7f800000) half = 0x7e00;                        // NaN
-  else if (body >= 0x477ff000) half = 0x7c00;                  // rounds to infinity: 65520 and above
+  if (body > 0x7f800000) half = 0x7e00;        // NaN
+  else if (body >= 0x477ff000) half = 0x7c00;  // rounds to infinity: 65520 and above
   else if (body >= 0x38800000) half = (body - (112u << 23) + 0xfff + (body >> 13 & 1)) >> 13;
   else half = as_bits(as_float(body) + 0.5f) - as_bits(0.5f);  // subnormal: the addition rounds to units of 2^-24
   out->bits = uint16_t(sign | half);

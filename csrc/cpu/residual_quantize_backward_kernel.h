@@ -8,11 +8,19 @@ static inline void load8(const double* p, v8d& v) { __builtin_memcpy(&v, p, 64);
 template <class T>
 static inline void load8(const T* p, v8f& v) {  // bf16, f16: exact in float
   const v4d low = load4(p), high = load4(p + 4);
-  v = v8f{float(low[0]), float(low[1]), float(low[2]), float(low[3]), float(high[0]), float(high[1]), float(high[2]), float(high[3])};
+  v = v8f{float(low[0]),  float(low[1]),  float(low[2]),  float(low[3]),
+          float(high[0]), float(high[1]), float(high[2]), float(high[3])};
 }
-template <class R> struct Eight;
-template <> struct Eight<float> { typedef v8f type; };
-template <> struct Eight<double> { typedef v8d type; };
+template <class R>
+struct Eight;
+template <>
+struct Eight<float> {
+  typedef v8f type;
+};
+template <>
+struct Eight<double> {
+  typedef v8d type;
+};
 
 template <class T>
 static inline const T* codeword(const ResidualQuantizeBackwardParams& p, int64_t row, int64_t l) {
@@ -76,7 +84,8 @@ static void backward_rows_of(const ResidualQuantizeBackwardParams& p, void* scra
       R* r = q;
       for (int64_t d = 0; d < D; ++d) r[d] = to_float(z[d]), acc[d] = 0;
       for (int64_t l = 0; l < Q; ++l) {
-        const Weights w = p.estimator == Estimator::ste ? Weights{1, 0, 0} : weights(dots(r, code[l], g, D), p.estimator);
+        const Weights w =
+            p.estimator == Estimator::ste ? Weights{1, 0, 0} : weights(dots(r, code[l], g, D), p.estimator);
         int64_t d = 0;
         for (; d + 4 <= D; d += 4) {
           const v4d rv = load4(r + d), cv = load4(code[l] + d);

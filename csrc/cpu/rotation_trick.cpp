@@ -7,6 +7,8 @@
 //
 // Work and bytes: 16 flops an element against 4 element sizes of traffic: memory bound. Results larger
 // than the caches are stored past them, which saves reading the lines that are overwritten.
+// Measured on 2 threads of an otherwise idle 2-core AMD EPYC (Zen 3), AVX2, 262144x256 float: reflection 26 ms =
+// 42 GB/s, portable 74 ms = 14 GB/s; memcpy on the same threads 30 GB/s. Repeat with `make cpp-bench`.
 // Determinism: rows are independent; bits do not depend on threads or SIMD level.
 // AVX-512 hosts run the AVX2 code: it already waits for memory.
 #include <algorithm>

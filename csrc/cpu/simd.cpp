@@ -24,7 +24,7 @@ Simd detect() {
   if (!all(c, {12, 27, 28, 29})) return Simd::portable;  // fma, osxsave, avx, f16c
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if (!all(low, {1, 2})) return Simd::portable;  // the system saves xmm, ymm
+  if (!all(low, {1, 2})) return Simd::portable;                                         // the system saves xmm, ymm
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !all(b, {5})) return Simd::portable;  // avx2
   bool zmm = all(low, {5, 6, 7});                                                       // k, zmm0-15, zmm16-31
   return zmm && all(b, {16, 17, 30, 31}) ? Simd::avx512 : Simd::avx2;                   // avx512 f, dq, bw, vl
@@ -42,8 +42,7 @@ std::string take(const std::string& name) {
   if (name == "auto") return current = static_cast<int>(best), "";
   for (Simd level : {Simd::portable, Simd::avx2, Simd::avx512}) {
     if (name != simd_name(level)) continue;
-    if (level > best)
-      return "SIMD level " + name + " was asked for, but this CPU runs at most " + simd_name(best);
+    if (level > best) return "SIMD level " + name + " was asked for, but this CPU runs at most " + simd_name(best);
     return current = static_cast<int>(level), "";
   }
   return "unknown SIMD level '" + name + "'; allowed: portable, avx2, avx512, auto";

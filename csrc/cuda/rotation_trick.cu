@@ -42,9 +42,9 @@ __device__ inline Weights weights(double zz, double qq, double zq, double zg, do
 
 // kWidth elements a load; kPieces of them a lane kept in registers, or 0.
 template <class T, int kWidth, int kPieces>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const T* __restrict__ z, const T* __restrict__ q,
-                                                            const T* __restrict__ grad, T* __restrict__ dz, int64_t N,
-                                                            int64_t pieces, Estimator estimator) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_kernel(const T* __restrict__ z, const T* __restrict__ q, const T* __restrict__ grad, T* __restrict__ dz,
+                    int64_t N, int64_t pieces, Estimator estimator) {
   using P = Piece<T, kWidth>;
   const int lane = threadIdx.x % 32;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);

@@ -47,7 +47,7 @@ THREADS ?= 2
 MEMORY_BOUND := $(foreach op,simd rotation_trick residual_quantize_backward codeword_sums codebook_usage,$(wildcard csrc/cpu/$(op).cpp csrc/cpu/$(op)_avx2.cpp))
 cpp-bench:
 	mkdir -p build
-	$(CXX) -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Icsrc/include bench/memory_bound.cpp $(MEMORY_BOUND) -pthread -o build/memory_bound
+	$(CXX) -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Wno-psabi -Icsrc/include bench/memory_bound.cpp $(MEMORY_BOUND) -pthread -o build/memory_bound
 	build/memory_bound $(THREADS)
 
 clean:

@@ -24,8 +24,6 @@
 #include "vqk/launch.h"
 #include "vqk/simd.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than this level's registers stay inside this file
-
 namespace vqk::cpu {
 namespace {
 #include "codeword_sums_kernel.h"

@@ -22,8 +22,6 @@
 #include "vqk/launch.h"
 #include "vqk/simd.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than this level's registers stay inside this file
-
 namespace vqk::cpu {
 namespace {
 #if defined(__SSE2__)

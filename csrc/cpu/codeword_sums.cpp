@@ -10,9 +10,9 @@
 //   should have is split by columns.
 //
 // Work and bytes: z read once, N D element sizes; the row numbers cost 16 to 24 bytes a row.
-// Measured on 2 threads of an otherwise idle 2-core AMD EPYC (Zen 3), AVX2, 262144x256 float, K=1024, random
-// indices: 20 ms = 14 GB/s; memcpy on the same threads 30 GB/s. The rows of a codeword lie anywhere, which costs
-// the other half. Repeat with `make cpp-bench`.
+// Measured (`make cpp-bench`, 2 threads of a 2-core AMD EPYC (Zen 3), memcpy 26 GB/s in the same run):
+//   262144x256 float, K=1024, random indices: 27 ms = 10 GB/s. The rows of a codeword lie anywhere in memory, and
+//   only prefetching rows by hand hides some of that.
 // Numerics: each codeword's rows are added in row order in double and rounded once.
 // Determinism: an element of a sum is added by one task in row order, so threads, chunks and SIMD
 // level change nothing.

@@ -7,8 +7,9 @@
 //
 // Work and bytes: 16 flops an element against 4 element sizes of traffic: memory bound. Results larger
 // than the caches are stored past them, which saves reading the lines that are overwritten.
-// Measured on 2 threads of an otherwise idle 2-core AMD EPYC (Zen 3), AVX2, 262144x256 float: reflection 26 ms =
-// 42 GB/s, portable 74 ms = 14 GB/s; memcpy on the same threads 30 GB/s. Repeat with `make cpp-bench`.
+// Measured (`make cpp-bench`, 2 threads of a 2-core AMD EPYC (Zen 3), memcpy 26 GB/s in the same run):
+//   262144x256  float 31 ms = 35 GB/s, f16 25 GB/s, bf16 14 GB/s; portable float 10 GB/s
+//   2097152x32  float 58 ms = 18 GB/s: two square roots and three divisions a row begin to show
 // Determinism: rows are independent; bits do not depend on threads or SIMD level.
 // AVX-512 hosts run the AVX2 code: it already waits for memory.
 #include <algorithm>

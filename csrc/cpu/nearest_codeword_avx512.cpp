@@ -14,6 +14,7 @@
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own intrinsics
 
 #define VQK_LANES 16
 #define VQK_ROWS 12

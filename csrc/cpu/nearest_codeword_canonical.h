@@ -33,8 +33,10 @@ VQK_INLINE void transpose(const Doubles* p, Doubles* t) {
   t[0] = __builtin_shufflevector(p[0], p[1], 0, 2);
   t[1] = __builtin_shufflevector(p[0], p[1], 1, 3);
 #else
-  const Doubles a = __builtin_shufflevector(p[0], p[1], 0, 4, 2, 6), b = __builtin_shufflevector(p[0], p[1], 1, 5, 3, 7);
-  const Doubles c = __builtin_shufflevector(p[2], p[3], 0, 4, 2, 6), d = __builtin_shufflevector(p[2], p[3], 1, 5, 3, 7);
+  const Doubles a = __builtin_shufflevector(p[0], p[1], 0, 4, 2, 6);
+  const Doubles b = __builtin_shufflevector(p[0], p[1], 1, 5, 3, 7);
+  const Doubles c = __builtin_shufflevector(p[2], p[3], 0, 4, 2, 6);
+  const Doubles d = __builtin_shufflevector(p[2], p[3], 1, 5, 3, 7);
   t[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
   t[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
   t[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
@@ -44,15 +46,19 @@ VQK_INLINE void transpose(const Doubles* p, Doubles* t) {
 
 constexpr int kPairs = 8;
 
-// sum[chain] += the terms of kDoubles features, in order. `load` reads from a row at a feature.
-template <class T, bool L2, class Load>
-VQK_INLINE void add_terms(const T* const* z, const T* const* c, int64_t d, const Load& load_at, Doubles* sum) {
+// sum[chain] += the terms of kDoubles features from d, in order; of the last D - d < kDoubles where !Whole:
+// padded with zeros, as adding +0 is exact.
+template <class T, bool L2, bool Whole>
+VQK_INLINE void add_terms(const T* const* z, const T* const* c, int64_t d, int64_t D, Doubles* sum) {
 #pragma GCC unroll 4
   for (int chain = 0; chain < kPairs / kDoubles; ++chain) {
     Doubles product[kDoubles], term[kDoubles];
 #pragma GCC unroll 4
     for (int j = 0; j < kDoubles; ++j) {
-      const Doubles x = load_at(z[chain * kDoubles + j] + d), y = load_at(c[chain * kDoubles + j] + d);
+      const T* zp = z[chain * kDoubles + j] + d;
+      const T* cp = c[chain * kDoubles + j] + d;
+      const Doubles x = Whole ? load_doubles(zp) : load_tail(zp, D - d);
+      const Doubles y = Whole ? load_doubles(cp) : load_tail(cp, D - d);
       product[j] = L2 ? (x - y) * (x - y) : x * y;
     }
     transpose(product, term);
@@ -67,10 +73,8 @@ template <class T, bool L2>
 VQK_INLINE void canonical_costs(const T* const* z, const T* const* c, int64_t D, double* cost) {
   Doubles sum[kPairs / kDoubles] = {};
   int64_t d = 0;
-  for (; d + kDoubles <= D; d += kDoubles)
-    add_terms<T, L2>(z, c, d, [](const T* p) __attribute__((always_inline)) { return load_doubles(p); }, sum);
-  if (d < D)  // padded with zeros: adding +0 is exact
-    add_terms<T, L2>(z, c, d, [&](const T* p) __attribute__((always_inline)) { return load_tail(p, D - d); }, sum);
+  for (; d + kDoubles <= D; d += kDoubles) add_terms<T, L2, true>(z, c, d, D, sum);
+  if (d < D) add_terms<T, L2, false>(z, c, d, D, sum);
   for (int i = 0; i < kPairs; ++i) cost[i] = L2 ? sum[i / kDoubles][i % kDoubles] : -sum[i / kDoubles][i % kDoubles];
 }
 

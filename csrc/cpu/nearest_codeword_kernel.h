@@ -138,7 +138,8 @@ static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, fl
   const int64_t D = cb.D, panels_per_group = cb.group > 2 ? cb.group / 2 : 1;
   const int64_t groups_per_panel = cb.group == 1 ? 2 : 1;
   int64_t block = kBlockBytes / (D * kWidth * 4);
-  if (block > kBlockVectors * panels_per_group / groups_per_panel) block = kBlockVectors * panels_per_group / groups_per_panel;
+  const int64_t most = kBlockVectors * panels_per_group / groups_per_panel;  // what the minima have room for
+  if (block > most) block = most;
   block = block / panels_per_group * panels_per_group;
   if (block < panels_per_group) block = panels_per_group;
   constexpr int64_t kStep = kTileRows * kLanes;
@@ -262,7 +263,8 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
       s.scale[i] = power_of_two_scale(norm);
       in_place &= s.scale[i] == 1;
     }
-    double eps = score_error_bound(D, norm * s.scale[i], cb.norm, L2, kDouble ? 0x1p-1074 * s.scale[i] * cb.scale : 0.0);
+    const double underflow = kDouble ? 0x1p-1074 * s.scale[i] * cb.scale : 0.0;
+    double eps = score_error_bound(D, norm * s.scale[i], cb.norm, L2, underflow);
     if (kDouble && !(norm + cb.norm / cb.scale < 0x1p500)) eps = __builtin_inf();  // canonical sums might overflow
     row.count = eps < 0x1p120 ? 0 : kEveryCodeword;
     row.slack = cb.certified ? static_cast<float>(2 * eps) : 0.0f;
@@ -320,7 +322,8 @@ static double pack_with(const Codebook& cb, int64_t first, int64_t last, float* 
       double squares = k < cb.K ? sum_of_squares(row, D) * cb.scale * cb.scale : 0.0;
       const bool usable = k < cb.K && (squares - squares == 0 || (sizeof(T) == 8 && all_finite(row, D)));
       if (!usable) squares = 0;
-      for (int64_t d = 0; d < D; ++d) panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
+      for (int64_t d = 0; d < D; ++d)
+        panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
       half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
       if (squares > largest) largest = squares;
     }
@@ -367,7 +370,8 @@ static void normalize_with(const T* from, int64_t n, int64_t D, T* to) {
     for (int i = 0; i < kPairs && first + i < n; ++i) {
       const double norm = __builtin_sqrt(-squares[i]);
       T* out = to + (first + i) * D;
-      for (int64_t d = 0; d < D; ++d) out[d] = norm == 0 ? T(0) : static_cast<T>(static_cast<double>(rows[i][d]) / norm);
+      for (int64_t d = 0; d < D; ++d)
+        out[d] = norm == 0 ? T(0) : static_cast<T>(static_cast<double>(rows[i][d]) / norm);
     }
   }
 }

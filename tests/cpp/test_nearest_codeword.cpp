@@ -110,7 +110,8 @@ const char* name(Metric metric) { return std::vector{"l2", "cosine", "dot"}[stat
 
 // A tensor whose data starts one element past an aligned address.
 struct Array {
-  Array(DType dtype, const std::vector<double>& values) : dtype(dtype), memory(bytes_of(dtype) * (values.size() + 1) + 64) {
+  Array(DType dtype, const std::vector<double>& values)
+      : dtype(dtype), memory(bytes_of(dtype) * (values.size() + 1) + 64) {
     for (size_t i = 0; i < values.size(); ++i) encode(dtype, values[i], data(), i);
   }
   char* data() {
@@ -154,7 +155,8 @@ Answer nearest(const std::vector<double>& z, const std::vector<std::vector<doubl
     if (!finite(codebook[k])) continue;
     double sum = 0;
     for (size_t d = 0; d < z.size(); ++d) {
-      const double x = metric == Metric::l2 ? z[d] - codebook[k][d] : z[d], y = metric == Metric::l2 ? x : codebook[k][d];
+      const double x = metric == Metric::l2 ? z[d] - codebook[k][d] : z[d],
+                   y = metric == Metric::l2 ? x : codebook[k][d];
       const double product = x * y;
       sum += product;
     }
@@ -168,7 +170,8 @@ Answer nearest(const std::vector<double>& z, const std::vector<std::vector<doubl
 // ---------------------------------------------------------------- data
 
 using Random = std::mt19937_64;
-using Draw = std::function<void(Random&, int64_t N, int64_t K, int64_t D, std::vector<double>& z, std::vector<double>& c)>;
+using Draw =
+    std::function<void(Random&, int64_t N, int64_t K, int64_t D, std::vector<double>& z, std::vector<double>& c)>;
 
 double normal(Random& random) { return std::normal_distribution<double>()(random); }
 double uniform(Random& random) { return std::uniform_real_distribution<double>()(random); }
@@ -187,14 +190,45 @@ void duplicate(Random& random, int64_t N, int64_t K, int64_t D, std::vector<doub
 }
 
 const std::vector<std::pair<const char*, Draw>> kData = {
-    {"gaussian", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return normal(r); }); }},
-    {"far cluster", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1000 + 0.01 * normal(r); }); fill(c, [&] { return 1000 + 0.01 * normal(r); }); }},
-    {"very far cluster", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e6 + normal(r); }); fill(c, [&] { return 1e6 + normal(r); }); }},
-    {"lognormal", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return std::exp(3 * normal(r)); }); fill(c, [&] { return std::exp(3 * normal(r)); }); }},
-    {"cauchy", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) / normal(r); }); fill(c, [&] { return normal(r) / normal(r); }); }},
-    {"integers", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) { fill(z, [&] { return static_cast<int>(r() % 7) - 3; }); fill(c, [&] { return static_cast<int>(r() % 7) - 3; }); duplicate(r, N, K, D, z, c); }},
-    {"duplicates", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return normal(r); }); duplicate(r, N, K, D, z, c); }},
-    {"one-ulp gaps", [](Random& r, auto, auto K, auto D, auto& z, auto& c) {
+    {"gaussian",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r); });
+       fill(c, [&] { return normal(r); });
+     }},
+    {"far cluster",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1000 + 0.01 * normal(r); });
+       fill(c, [&] { return 1000 + 0.01 * normal(r); });
+     }},
+    {"very far cluster",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e6 + normal(r); });
+       fill(c, [&] { return 1e6 + normal(r); });
+     }},
+    {"lognormal",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return std::exp(3 * normal(r)); });
+       fill(c, [&] { return std::exp(3 * normal(r)); });
+     }},
+    {"cauchy",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r) / normal(r); });
+       fill(c, [&] { return normal(r) / normal(r); });
+     }},
+    {"integers",
+     [](Random& r, auto N, auto K, auto D, auto& z, auto& c) {
+       fill(z, [&] { return static_cast<int>(r() % 7) - 3; });
+       fill(c, [&] { return static_cast<int>(r() % 7) - 3; });
+       duplicate(r, N, K, D, z, c);
+     }},
+    {"duplicates",
+     [](Random& r, auto N, auto K, auto D, auto& z, auto& c) {
+       fill(z, [&] { return normal(r); });
+       fill(c, [&] { return normal(r); });
+       duplicate(r, N, K, D, z, c);
+     }},
+    {"one-ulp gaps",
+     [](Random& r, auto, auto K, auto D, auto& z, auto& c) {
        fill(z, [&] { return normal(r); });
        fill(c, [&] { return normal(r); });
        for (int64_t k = 1; k < K; ++k)
@@ -203,24 +237,71 @@ const std::vector<std::pair<const char*, Draw>> kData = {
            c[k * D + d] = r() % D ? x : std::nextafter(x, r() % 2 ? INFINITY : -INFINITY);
          }
      }},
-    {"scale 1e30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e30 * normal(r); }); fill(c, [&] { return 1e30 * normal(r); }); }},
-    {"scale 1e38", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e38 * normal(r); }); fill(c, [&] { return 1e38 * normal(r); }); }},
-    {"scale 1e-30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-30 * normal(r); }); fill(c, [&] { return 1e-30 * normal(r); }); }},
-    {"z 1e30, c 1e-30", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e30 * normal(r); }); fill(c, [&] { return 1e-30 * normal(r); }); }},
-    {"z 1e-30, c 1", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-30 * normal(r); }); fill(c, [&] { return normal(r); }); }},
-    {"subnormals", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return 1e-41 * normal(r); }); fill(c, [&] { return 1e-41 * normal(r); }); }},
-    {"fp64 extremes", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 120 - 300); }); fill(c, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 100 - 300); }); }},
-    {"mixed scales", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r) * std::pow(10.0, 30 * (uniform(r) - 0.5)); }); fill(c, [&] { return normal(r) * std::pow(10.0, 60 * (uniform(r) - 0.5)); }); }},
-    {"all equal", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [&] { return 0.25; }); }},
-    {"all zero", [](Random&, auto, auto, auto, auto& z, auto& c) { fill(z, [] { return 0; }); fill(c, [] { return -0.0; }); }},
-    {"not finite", [](Random& r, auto N, auto K, auto D, auto& z, auto& c) {
+    {"scale 1e30",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e30 * normal(r); });
+       fill(c, [&] { return 1e30 * normal(r); });
+     }},
+    {"scale 1e38",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e38 * normal(r); });
+       fill(c, [&] { return 1e38 * normal(r); });
+     }},
+    {"scale 1e-30",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e-30 * normal(r); });
+       fill(c, [&] { return 1e-30 * normal(r); });
+     }},
+    {"z 1e30, c 1e-30",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e30 * normal(r); });
+       fill(c, [&] { return 1e-30 * normal(r); });
+     }},
+    {"z 1e-30, c 1",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e-30 * normal(r); });
+       fill(c, [&] { return normal(r); });
+     }},
+    {"subnormals",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return 1e-41 * normal(r); });
+       fill(c, [&] { return 1e-41 * normal(r); });
+     }},
+    {"fp64 extremes",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 120 - 300); });
+       fill(c, [&] { return normal(r) * std::pow(10.0, static_cast<int>(r() % 5) * 100 - 300); });
+     }},
+    {"mixed scales",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r) * std::pow(10.0, 30 * (uniform(r) - 0.5)); });
+       fill(c, [&] { return normal(r) * std::pow(10.0, 60 * (uniform(r) - 0.5)); });
+     }},
+    {"all equal",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r); });
+       fill(c, [&] { return 0.25; });
+     }},
+    {"all zero",
+     [](Random&, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [] { return 0; });
+       fill(c, [] { return -0.0; });
+     }},
+    {"not finite",
+     [](Random& r, auto N, auto K, auto D, auto& z, auto& c) {
        const double bad[] = {NAN, INFINITY, -INFINITY};
        fill(z, [&] { return normal(r); });
        fill(c, [&] { return normal(r); });
-       for (int64_t i = 0; i < N; ++i) if (r() % 4 == 0) z[i * D + r() % D] = bad[r() % 3];
-       for (int64_t k = 0; k < K; ++k) if (r() % 3 == 0) c[k * D + r() % D] = bad[r() % 3];
+       for (int64_t i = 0; i < N; ++i)
+         if (r() % 4 == 0) z[i * D + r() % D] = bad[r() % 3];
+       for (int64_t k = 0; k < K; ++k)
+         if (r() % 3 == 0) c[k * D + r() % D] = bad[r() % 3];
      }},
-    {"no finite codeword", [](Random& r, auto, auto, auto, auto& z, auto& c) { fill(z, [&] { return normal(r); }); fill(c, [] { return NAN; }); }},
+    {"no finite codeword",
+     [](Random& r, auto, auto, auto, auto& z, auto& c) {
+       fill(z, [&] { return normal(r); });
+       fill(c, [] { return NAN; });
+     }},
 };
 
 // ---------------------------------------------------------------- checks
@@ -231,7 +312,9 @@ void fail(const std::string& text) {
   if (++failures <= 20) std::printf("FAIL %s\n", text.c_str());
 }
 
-bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b); }
+bool same_bits(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b);
+}
 
 double rounded(DType dtype, double x) { return dtype == DType::f64 ? x : static_cast<double>(static_cast<float>(x)); }
 
@@ -271,8 +354,9 @@ void check_nearest(Random& random, const char* data, const Draw& draw, DType dty
     std::vector<std::vector<double>> codebook;
     for (int64_t k = 0; k < K; ++k) codebook.push_back(row_of(p.c, h * K + k, D, metric == Metric::cosine));
     for (int64_t i = 0; i < N; ++i)
-      expected.push_back(p.mask[h * N + i] ? nearest(row_of(p.z, h * N + i, D, metric == Metric::cosine), codebook, metric)
-                                           : Answer{-1, 0.0});
+      expected.push_back(p.mask[h * N + i]
+                             ? nearest(row_of(p.z, h * N + i, D, metric == Metric::cosine), codebook, metric)
+                             : Answer{-1, 0.0});
   }
   for (Simd simd : levels())
     for (int t : {1, 2}) {
@@ -280,25 +364,34 @@ void check_nearest(Random& random, const char* data, const Draw& draw, DType dty
       threads = t;
       std::vector<int64_t> indices(H * N, 12345);
       Array distances(dtype == DType::f64 ? DType::f64 : DType::f32, std::vector<double>(H * N, 1e9));
-      cpu::nearest_codeword({.z = p.z.data(), .codebook = p.c.data(),
+      cpu::nearest_codeword({.z = p.z.data(),
+                             .codebook = p.c.data(),
                              .mask = masked ? reinterpret_cast<const bool*>(p.mask.data()) : nullptr,
-                             .indices = indices.data(), .distances = distances.data(),
-                             .H = H, .N = N, .K = K, .D = D, .dtype = dtype, .metric = metric, .certified = true},
+                             .indices = indices.data(),
+                             .distances = distances.data(),
+                             .H = H,
+                             .N = N,
+                             .K = K,
+                             .D = D,
+                             .dtype = dtype,
+                             .metric = metric,
+                             .certified = true},
                             parallel());
       for (int64_t i = 0; i < H * N; ++i) {
         ++checks;
         if (indices[i] == expected[i].index && same_bits(distances[i], rounded(dtype, expected[i].value))) continue;
         char text[160];
         std::snprintf(text, sizeof text, ": row %lld is %lld at %.17g, must be %lld at %.17g", (long long)i,
-                      (long long)indices[i], distances[i], (long long)expected[i].index, rounded(dtype, expected[i].value));
+                      (long long)indices[i], distances[i], (long long)expected[i].index,
+                      rounded(dtype, expected[i].value));
         fail(describe(data, dtype, metric, H, N, K, D) + text);
         break;
       }
     }
 }
 
-void check_residual(Random& random, const char* data, const Draw& draw, DType dtype, Metric metric, int64_t H, int64_t N,
-                    const std::vector<int64_t>& sizes, int64_t D, bool masked) {
+void check_residual(Random& random, const char* data, const Draw& draw, DType dtype, Metric metric, int64_t H,
+                    int64_t N, const std::vector<int64_t>& sizes, int64_t D, bool masked) {
   const int64_t Q = static_cast<int64_t>(sizes.size());
   std::vector<Problem> levels_data;
   for (int64_t K : sizes) levels_data.emplace_back(random, draw, dtype, H, N, K, D, masked);
@@ -346,10 +439,20 @@ void check_residual(Random& random, const char* data, const Draw& draw, DType dt
       std::vector<int64_t> indices(H * N * Q, 12345);
       Array got(dtype, std::vector<double>(H * N * D, 7)), got_losses(out, std::vector<double>(Q, 7));
       int64_t got_valid = -5;
-      cpu::residual_quantize({.z = first.z.data(), .codebooks = codebooks.data(), .K = sizes.data(),
+      cpu::residual_quantize({.z = first.z.data(),
+                              .codebooks = codebooks.data(),
+                              .K = sizes.data(),
                               .mask = masked ? reinterpret_cast<const bool*>(first.mask.data()) : nullptr,
-                              .indices = indices.data(), .quantized = got.data(), .losses = got_losses.data(),
-                              .valid = &got_valid, .H = H, .N = N, .Q = Q, .D = D, .dtype = dtype, .metric = metric},
+                              .indices = indices.data(),
+                              .quantized = got.data(),
+                              .losses = got_losses.data(),
+                              .valid = &got_valid,
+                              .H = H,
+                              .N = N,
+                              .Q = Q,
+                              .D = D,
+                              .dtype = dtype,
+                              .metric = metric},
                              parallel());
       const std::string where = describe(data, dtype, metric, H, N, sizes[0], D) + " residual";
       checks += H * N;
@@ -398,13 +501,15 @@ int check() {
   // Sizes that reach every code path: several codebook blocks, every group size, long rows.
   const int64_t before = failures, checked = checks;
   const Draw gaussian = kData[0].second, duplicates = kData[6].second;
-  for (int64_t K : {1024, 5000, 20000}) check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
+  for (int64_t K : {1024, 5000, 20000})
+    check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
   check_nearest(random, "many codewords", duplicates, DType::f32, Metric::l2, 1, 101, 20000, 3, false);
   check_nearest(random, "long rows", gaussian, DType::f32, Metric::l2, 1, 50, 300, 1500, false);
   check_nearest(random, "many rows", duplicates, DType::f32, Metric::l2, 3, 5000, 40, 9, true);
   check_nearest(random, "no rows", gaussian, DType::f32, Metric::l2, 1, 0, 40, 9, false);
   check_residual(random, "many rows", gaussian, DType::f32, Metric::l2, 1, 3000, {64, 64, 64, 64}, 8, false);
-  std::printf("%-20s %9lld rows  %s\n", "large sizes", (long long)(checks - checked), failures == before ? "ok" : "FAILED");
+  std::printf("%-20s %9lld rows  %s\n", "large sizes", (long long)(checks - checked),
+              failures == before ? "ok" : "FAILED");
   std::printf("%lld rows compared, %lld failures\n", (long long)checks, (long long)failures);
   return failures ? 1 : 0;
 }
@@ -441,14 +546,16 @@ double peak() { return 4e6 * 12 * 16 / best_of(cpu_seconds, multiply_adds) * 1e-
 double peak() { return 0; }
 #endif
 
-void report(const char* what, int64_t N, int64_t K, int64_t D, double flops, double roof, const std::function<void()>& body) {
+void report(const char* what, int64_t N, int64_t K, int64_t D, double flops, double roof,
+            const std::function<void()>& body) {
   threads = 1;
   const double one = best_of(cpu_seconds, body);
   threads = 2;
   const double two = best_of(seconds, body);
-  std::printf("%-8s N %6lld  K %6lld  D %4lld   1 thread %9.3f ms  %6.1f GFLOP/s  %5.1f %% of peak   2 threads %9.3f ms\n", what,
-              (long long)N, (long long)K, (long long)D, one * 1e3, flops / one * 1e-9, roof > 0 ? 100 * flops / one * 1e-9 / roof : 0.0,
-              two * 1e3);
+  std::printf(
+      "%-8s N %6lld  K %6lld  D %4lld   1 thread %9.3f ms  %6.1f GFLOP/s  %5.1f %% of peak   2 threads %9.3f ms\n",
+      what, (long long)N, (long long)K, (long long)D, one * 1e3, flops / one * 1e-9,
+      roof > 0 ? 100 * flops / one * 1e-9 / roof : 0.0, two * 1e3);
   std::fflush(stdout);
 }
 
@@ -456,9 +563,11 @@ void bench(int argc, char** argv) {
   level = levels().size() > 1 ? Simd::avx2 : Simd::portable;
   const double roof = level == Simd::avx2 ? peak() : 0;
   std::printf("fp32 multiply-add peak of one core: %.1f GFLOP/s\n", roof);
-  struct Shape { int64_t N, K, D; };
-  std::vector<Shape> shapes = {{65536, 256, 32}, {65536, 1024, 64}, {8192, 8192, 64}, {4096, 8192, 256},
-                               {16384, 16384, 8}, {4096, 1024, 768}, {1, 8192, 256}, {16, 8192, 256}};
+  struct Shape {
+    int64_t N, K, D;
+  };
+  std::vector<Shape> shapes = {{65536, 256, 32},  {65536, 1024, 64}, {8192, 8192, 64}, {4096, 8192, 256},
+                               {16384, 16384, 8}, {4096, 1024, 768}, {1, 8192, 256},   {16, 8192, 256}};
   if (argc > 4) shapes = {{std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])}};
   Random random(1);
   auto gaussian = [&](int64_t count) {
@@ -470,9 +579,19 @@ void bench(int argc, char** argv) {
     std::vector<float> z = gaussian(s.N * s.D), c = gaussian(s.K * s.D), distances(s.N);
     std::vector<int64_t> indices(s.N);
     report("nearest", s.N, s.K, s.D, 2.0 * s.N * s.K * s.D, roof, [&] {
-      cpu::nearest_codeword({.z = z.data(), .codebook = c.data(), .mask = nullptr, .indices = indices.data(),
-                             .distances = distances.data(), .H = 1, .N = s.N, .K = s.K, .D = s.D, .dtype = DType::f32,
-                             .metric = Metric::l2, .certified = true}, parallel());
+      cpu::nearest_codeword({.z = z.data(),
+                             .codebook = c.data(),
+                             .mask = nullptr,
+                             .indices = indices.data(),
+                             .distances = distances.data(),
+                             .H = 1,
+                             .N = s.N,
+                             .K = s.K,
+                             .D = s.D,
+                             .dtype = DType::f32,
+                             .metric = Metric::l2,
+                             .certified = true},
+                            parallel());
     });
   }
   if (argc > 4) return;
@@ -483,9 +602,20 @@ void bench(int argc, char** argv) {
   for (int64_t l = 0; l < Q; ++l) codebooks.push_back(c.data() + l * K * D);
   int64_t valid = 0;
   report("residual", N, K, D, 2.0 * Q * N * K * D, roof, [&] {
-    cpu::residual_quantize({.z = z.data(), .codebooks = codebooks.data(), .K = sizes.data(), .mask = nullptr,
-                            .indices = indices.data(), .quantized = quantized.data(), .losses = losses.data(),
-                            .valid = &valid, .H = 1, .N = N, .Q = Q, .D = D, .dtype = DType::f32, .metric = Metric::l2},
+    cpu::residual_quantize({.z = z.data(),
+                            .codebooks = codebooks.data(),
+                            .K = sizes.data(),
+                            .mask = nullptr,
+                            .indices = indices.data(),
+                            .quantized = quantized.data(),
+                            .losses = losses.data(),
+                            .valid = &valid,
+                            .H = 1,
+                            .N = N,
+                            .Q = Q,
+                            .D = D,
+                            .dtype = DType::f32,
+                            .metric = Metric::l2},
                            parallel());
   });
 }

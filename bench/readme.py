@@ -28,25 +28,43 @@ def bench_table() -> str:
             ours = group["vqkernels"]
             others = [r for b, r in group.items() if b != "vqkernels" and not r["error"]]
             best = min(others, key=lambda r: r["median_ms"])
-            incumbent = next((r for b, r in group.items() if b.startswith("vector-quantize-pytorch") and not r["error"]), None)
+            incumbent = next(
+                (r for b, r in group.items() if b.startswith("vector-quantize-pytorch") and not r["error"]), None
+            )
             ratio = best["median_ms"] / ours["median_ms"]
             lines.append(
                 f"| {op} | {shape.replace('x', '×')} | **{ours['median_ms']:.1f} ms** | {100 * ours['limit']:.0f} % | {ours['extra_mb']:.0f} MB "
                 f"| {best['backend']}: {best['median_ms']:.1f} ms | {ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'} "
-                f"| {'%.0f ms, %.0f MB' % (incumbent['median_ms'], incumbent['extra_mb']) if incumbent else '–'} |"
+                f"| {_time_and_memory(incumbent)} |"
             )
         blocks.append(
             f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32 and {c['copy_gbps']} GB/s copy; "
             f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
-            f"`vqkernels bench --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n" + "\n".join(lines)
+            f"`vqkernels bench --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
+            + "\n".join(lines)
         )
         assert backends
     return "\n\n".join(blocks)
 
 
+def _time_and_memory(record: dict | None) -> str:
+    return f"{record['median_ms']:.0f} ms, {record['extra_mb']:.0f} MB" if record else "–"
+
+
 def demo_table() -> str:
     data = json.loads((RESULTS / "demo.json").read_text())
-    columns = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
+    columns = (
+        "HR@1",
+        "HR@5",
+        "HR@10",
+        "NDCG@5",
+        "NDCG@10",
+        "collision_rate",
+        "usage",
+        "perplexity",
+        "invalid_rate",
+        "train_seconds",
+    )
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += ["| " + " | ".join([r["method"], *(_cell(c, r.get(c)) for c in columns)]) + " |" for r in data["rows"]]
     return "\n".join(lines)
@@ -57,7 +75,13 @@ def _cell(column: str, value) -> str:
         return value or "–"
     if isinstance(value, list):
         return " / ".join(_cell(column, v) for v in value)
-    return f"{value:.0f}" if column in ("perplexity", "train_seconds") else f"{value:.2f}" if column == "usage" else f"{value:.4f}".lstrip("0") or "0"
+    return (
+        f"{value:.0f}"
+        if column in ("perplexity", "train_seconds")
+        else f"{value:.2f}"
+        if column == "usage"
+        else f"{value:.4f}".lstrip("0") or "0"
+    )
 
 
 def ops_table() -> str:
@@ -65,7 +89,9 @@ def ops_table() -> str:
 
     lines = ["| operator | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     for name, spec in SPECS.items():
-        lines.append(f"| {name} | " + " | ".join("✓" if b == "reference" or b in spec.compiled else "" for b in BACKENDS) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join("✓" if b == "reference" or b in spec.compiled else "" for b in BACKENDS) + " |"
+        )
     return "\n".join(lines)
 
 

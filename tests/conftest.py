@@ -6,7 +6,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_seed():
-    """torch.empty, also inside our C++ bindings, returns NaN (floats) or the largest value (integers): a kernel that forgets to write an
+    """torch.empty, also inside our C++ bindings, returns NaN (floats) or the largest value (integers): a kernel that
+    forgets to write an
     output cannot pass by luck."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # name: file, what stands there (a regular expression), what replaces it, the tests that should notice
 KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", "tests/test_gradients.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
-SEARCH = "csrc/cpu/nearest_codeword_kernel.h"
+SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
         "vqkernels/ops/rotation_trick.py", r"ctx\.estimator = estimator", "ctx.estimator = 0", GRADIENTS),
@@ -37,9 +37,9 @@ MUTATIONS = {
     "kernel: last row of the rotation is skipped": (
         "csrc/cpu/rotation_trick_kernel.h", r"n < end; \+\+n\)", "n < end - 1; ++n)", OPS),
     "kernel: farthest codeword": (
-        SEARCH, r"const bool better = \(cost\[j\] < best\)", "const bool better = (cost[j] > best)", OPS),
+        CANONICAL, r"const bool better = \(cost\[j\] < best\)", "const bool better = (cost[j] > best)", OPS),
     "kernel: ties go to the highest index": (
-        SEARCH, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
+        CANONICAL, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
     "kernel: no error bound": (
         SEARCH, r"static_cast<float>\(2 \* eps\) : 0\.0f", "0.0f : 0.0f", KERNEL),
     "kernel: last panel is skipped": (
@@ -68,7 +68,13 @@ MUTATIONS = {
 
 def build(tree: Path) -> None:
     environment = {**os.environ, "VQK_CUDA": "0"}
-    result = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
         sys.exit(f"mutations: the copy does not build:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
 
@@ -88,7 +94,9 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "vqkernels"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", ".*_cache"))
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "out", "__pycache__", ".*_cache")
+        )
         # the editable install of the original serves vqkernels.triton_kernels; the copy brings its own
         (tree / "vqkernels" / "triton_kernels").symlink_to("../triton_kernels")
         if any(v[0].startswith("csrc") for v in chosen.values()):

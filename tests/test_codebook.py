@@ -22,7 +22,13 @@ def test_usage_statistics():
 def test_usage_of_all_codewords_alike_and_of_nothing():
     assert vq.codebook_usage(torch.arange(64).repeat(3), 64).perplexity.item() == pytest.approx(64, rel=1e-5)
     empty = vq.codebook_usage(torch.full((4,), -1), 8)
-    assert empty.counts.sum() == 0 and empty.used == 0 and empty.entropy == 0 and empty.perplexity == 0 and empty.dead.all()
+    assert (
+        empty.counts.sum() == 0
+        and empty.used == 0
+        and empty.entropy == 0
+        and empty.perplexity == 0
+        and empty.dead.all()
+    )
 
 
 def test_usage_per_level():
@@ -35,7 +41,9 @@ def test_usage_per_level():
 
 @pytest.mark.parametrize("op", [lambda i: vq.codebook_usage(i, 4), lambda i: vq.codeword_sums(torch.zeros(3, 2), i, 4)])
 def test_index_out_of_range(op):
-    with pytest.raises(RuntimeError, match=r"index 9 is out of range for codebook_size 4; allowed: -1 \(skipped\) .. 3"):
+    with pytest.raises(
+        RuntimeError, match=r"index 9 is out of range for codebook_size 4; allowed: -1 \(skipped\) .. 3"
+    ):
         op(torch.tensor([0, 9, 1]))
 
 
@@ -43,10 +51,22 @@ def test_index_out_of_range(op):
     "call, error, text",
     [
         (lambda: vq.codebook_usage(torch.zeros(3), 4), TypeError, "integer indices are expected"),
-        (lambda: vq.codebook_usage(torch.zeros(3, dtype=torch.long), 0), ValueError, "codebook_size=0; a positive integer"),
+        (
+            lambda: vq.codebook_usage(torch.zeros(3, dtype=torch.long), 0),
+            ValueError,
+            "codebook_size=0; a positive integer",
+        ),
         (lambda: vq.codebook_usage(torch.zeros(3, dtype=torch.long), 4, dim=1), ValueError, "dim=1 is not a dimension"),
-        (lambda: vq.codeword_sums(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long), 4), ValueError, r"expected \[N, D\] with \[N\]"),
-        (lambda: vq.kmeans(torch.zeros(3, 2), 4), ValueError, "k=4 centroids need at least 4 finite rows, x has 3 of 3"),
+        (
+            lambda: vq.codeword_sums(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long), 4),
+            ValueError,
+            r"expected \[N, D\] with \[N\]",
+        ),
+        (
+            lambda: vq.kmeans(torch.zeros(3, 2), 4),
+            ValueError,
+            "k=4 centroids need at least 4 finite rows, x has 3 of 3",
+        ),
         (lambda: vq.kmeans(torch.zeros(3, 2), 2, init="kmeans||"), ValueError, "allowed: 'k-means\\+\\+', 'random'"),
     ],
 )
@@ -100,7 +120,9 @@ class TestKMeans:
         assert mean("k-means++") < 0.25 * mean("random")
 
     def test_as_good_as_scikit_learn(self):
-        cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed: pip install scikit-learn")
+        cluster = pytest.importorskip(
+            "sklearn.cluster", reason="scikit-learn is not installed: pip install scikit-learn"
+        )
         x = torch.randn(2000, 8)
         ours = min(vq.kmeans(x, 32, seed=s, iters=100).inertia.item() for s in range(3))
         theirs = cluster.KMeans(32, n_init=3, random_state=0).fit(x.numpy()).inertia_

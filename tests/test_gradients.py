@@ -1,4 +1,5 @@
-"""Gradients: losses by gradcheck, estimators against their definition, and the two properties the rotation trick is built on."""
+"""Gradients: losses by gradcheck, estimators against their definition, and the two properties the rotation trick is
+built on."""
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ def reflection_matrix(z, q):
     return (q.norm() / z.norm()) * (torch.eye(len(z), dtype=torch.float64) - 2 * torch.outer(r, r))
 
 
-MATRICES = {"rotation": rotation_matrix, "reflection": reflection_matrix, "ste": lambda z, q: torch.eye(len(z), dtype=torch.float64)}
+MATRICES = {
+    "rotation": rotation_matrix,
+    "reflection": reflection_matrix,
+    "ste": lambda z, q: torch.eye(len(z), dtype=torch.float64),
+}
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -34,7 +39,12 @@ def test_rotation_trick_is_the_transposed_matrix(kind, dtype):
     assert torch.equal(y, q)
     y.backward(g)
     want = torch.stack([MATRICES[kind](a, b).T @ c.double() for a, b, c in zip(z.detach(), q, g)])
-    assert torch.allclose(z.grad.double(), want, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=1e-5 if dtype == torch.float32 else 1e-10)
+    assert torch.allclose(
+        z.grad.double(),
+        want,
+        rtol=1e-5 if dtype == torch.float32 else 1e-10,
+        atol=1e-5 if dtype == torch.float32 else 1e-10,
+    )
 
 
 def test_matrices_carry_z_onto_q():
@@ -70,13 +80,18 @@ def test_degenerate_rows_are_straight_through(kind):
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_losses_gradcheck(metric):
-    """commitment_loss as a function of z and codebook_loss as a function of the codebooks are smooth between decision boundaries."""
+    """commitment_loss as a function of z and codebook_loss as a function of the codebooks are smooth between decision
+    boundaries."""
     z = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     books = [torch.randn(k, 5, dtype=torch.float64) for k in (7, 4)]
-    assert torch.autograd.gradcheck(lambda z: vq.residual_quantize(z, books, metric=metric, beta=0.3).commitment_loss, (z,))
+    assert torch.autograd.gradcheck(
+        lambda z: vq.residual_quantize(z, books, metric=metric, beta=0.3).commitment_loss, (z,)
+    )
     first = books[0].clone().requires_grad_()
     # level 2 quantizes what level 1 leaves, and treats it as a constant: only the level's own loss is differentiated
-    assert torch.autograd.gradcheck(lambda c: vq.residual_quantize(z.detach(), [c, books[1]], metric=metric).codebook_loss[0], (first,))
+    assert torch.autograd.gradcheck(
+        lambda c: vq.residual_quantize(z.detach(), [c, books[1]], metric=metric).codebook_loss[0], (first,)
+    )
     assert torch.autograd.gradcheck(lambda c: vq.vector_quantize(z.detach(), c, metric=metric).codebook_loss, (first,))
 
 
@@ -93,7 +108,11 @@ def reference_loss(z, books, estimator, beta, per_level, weight):
         total = total + code.detach()
     if not per_level:
         surrogate = jacobian(z, total, z, estimator)
-    return (surrogate * weight).sum() + torch.stack(commitment).sum() * 3 + (torch.stack(codebook_loss) * torch.arange(1, len(books) + 1)).sum()
+    return (
+        (surrogate * weight).sum()
+        + torch.stack(commitment).sum() * 3
+        + (torch.stack(codebook_loss) * torch.arange(1, len(books) + 1)).sum()
+    )
 
 
 def jacobian(z, q, x, estimator):
@@ -107,12 +126,16 @@ def test_residual_quantize_against_plain_autograd(estimator, per_level):
     books = [torch.randn(k, 6, dtype=torch.float64, requires_grad=True) for k in (9, 5, 12)]
     weight = torch.randn(40, 6, dtype=torch.float64)
     out = vq.residual_quantize(z, books, estimator=estimator, beta=0.4, per_level=per_level)
-    loss = (out.quantized * weight).sum() + out.commitment_loss.sum() * 3 + (out.codebook_loss * torch.arange(1, 4)).sum()
+    loss = (
+        (out.quantized * weight).sum() + out.commitment_loss.sum() * 3 + (out.codebook_loss * torch.arange(1, 4)).sum()
+    )
     got = torch.autograd.grad(loss, [z, *books])
     want = torch.autograd.grad(reference_loss(z, books, estimator, 0.4, per_level, weight), [z, *books])
     for g, w in zip(got, want):
         assert torch.allclose(g, w, atol=1e-10)
-    assert torch.equal(out.quantized, books[0][out.indices[:, 0]] + books[1][out.indices[:, 1]] + books[2][out.indices[:, 2]])
+    assert torch.equal(
+        out.quantized, books[0][out.indices[:, 0]] + books[1][out.indices[:, 1]] + books[2][out.indices[:, 2]]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,7 +144,9 @@ def test_vector_quantize_values(dtype):
     out = vq.vector_quantize(z, c)
     assert out.quantized.dtype == dtype and torch.equal(out.quantized, c[out.indices])
     mse = (z.float() - c[out.indices].float()).square().mean()
-    assert torch.allclose(out.codebook_loss, mse, rtol=1e-5) and torch.allclose(out.commitment_loss, 0.25 * mse, rtol=1e-5)
+    assert torch.allclose(out.codebook_loss, mse, rtol=1e-5) and torch.allclose(
+        out.commitment_loss, 0.25 * mse, rtol=1e-5
+    )
 
 
 def test_masked_and_non_finite_rows_take_no_part():

@@ -65,7 +65,12 @@ def test_numpy_module_does_not_import_torch():
 
 
 def test_files_stay_short():
-    sources = [p for pattern in ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh") for top in ("vqkernels", "csrc", "triton_kernels", "tests", "bench") for p in (ROOT / top).rglob(pattern)]
+    sources = [
+        p
+        for pattern in ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+        for top in ("vqkernels", "csrc", "triton_kernels", "tests", "bench")
+        for p in (ROOT / top).rglob(pattern)
+    ]
     long = {str(p.relative_to(ROOT)): n for p in sources if (n := len(p.read_text().splitlines())) > 500}
     assert not long
 
@@ -75,5 +80,14 @@ def test_public_names():
 
     for name in vq.__all__:
         assert getattr(vq, name) is not None, name
-    for name in ("nearest_codeword", "vector_quantize", "residual_quantize", "rotation_trick", "codebook_usage", "codeword_sums", "fsq", "kmeans"):
+    for name in (
+        "nearest_codeword",
+        "vector_quantize",
+        "residual_quantize",
+        "rotation_trick",
+        "codebook_usage",
+        "codeword_sums",
+        "fsq",
+        "kmeans",
+    ):
         assert getattr(vq, name).__doc__, name

@@ -39,7 +39,8 @@ def test_against_exact_rational_arithmetic():
     z, c = draw("gaussian", 12, 5), draw("gaussian", 9, 5, seed=1)
     c[7] = c[2]
     exact = [
-        min(range(9), key=lambda k: (sum((Fraction(float(a)) - Fraction(float(b))) ** 2 for a, b in zip(row, c[k])), k)) for row in z
+        min(range(9), key=lambda k: (sum((Fraction(float(a)) - Fraction(float(b))) ** 2 for a, b in zip(row, c[k])), k))
+        for row in z
     ]
     indices, distances = vq.nearest_codeword(z, c)
     assert indices.tolist() == exact
@@ -148,11 +149,13 @@ class TestReproducible:
         z, want = z[:rows], [w[:rows] for w in want]
         op, codebook = torch.ops.vqkernels.nearest_codeword.default, c[None]
         pieces = [op(row, codebook, None, 0, True) for row in z.unsqueeze(1).unsqueeze(1).unbind(0)]
-        self.assert_same((torch.cat([p[0] for p in pieces]).squeeze(1), torch.cat([p[1] for p in pieces]).squeeze(1)), want)
+        self.assert_same(
+            (torch.cat([p[0] for p in pieces]).squeeze(1), torch.cat([p[1] for p in pieces]).squeeze(1)), want
+        )
 
     def test_codebook_shards(self, data):
         """A codebook split over shards: the best of the shards' distances is the whole codebook's answer."""
-        z, c, (indices, distances) = data
+        z, c, (indices, _) = data
         z, indices = z[:20000].double(), indices[:20000]
         parts = [vq.nearest_codeword(z, c[s : s + 32].double()) for s in (0, 32, 64)]
         d = torch.stack([p[1] for p in parts])

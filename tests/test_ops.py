@@ -20,8 +20,11 @@ def _runnable():
 
 @pytest.mark.parametrize("spec, backend, dtype", list(_runnable()))
 def test_values(spec, backend, dtype):
-    """Samples and edges (N=0, N=1, K=1, D=1, odd D, strided, expanded, misaligned, ties, non-finite) equal the float64 reference."""
-    wrong = [(case, detail) for case, args in verify.cases(spec, dtype) if (detail := verify.compare(spec, backend, args)[0])]
+    """Samples and edges (N=0, N=1, K=1, D=1, odd D, strided, expanded, misaligned, ties, non-finite) equal the float64
+    reference."""
+    wrong = [
+        (case, detail) for case, args in verify.cases(spec, dtype) if (detail := verify.compare(spec, backend, args)[0])
+    ]
     assert not wrong
 
 
@@ -54,22 +57,27 @@ def test_opcheck(spec, overload):
     torch.library.opcheck(getattr(spec.op, overload), args)
 
 
-@pytest.mark.parametrize("spec, backend, dtype", [p for p in _runnable() if p.values[2] in (torch.float32, torch.int64)])
+@pytest.mark.parametrize(
+    "spec, backend, dtype", [p for p in _runnable() if p.values[2] in (torch.float32, torch.int64)]
+)
 def test_inputs_are_left_alone(spec, backend, dtype):
     for _, args in spec.samples(dtype):
         copies = verify._map(args, torch.clone)
         getattr(spec.op, _OVERLOAD[backend])(*args)
         for a, b in zip(args, copies, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b)) if isinstance(a, list) and isinstance(a[0], torch.Tensor) else (
-                torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+            assert (
+                all(torch.equal(x, y) for x, y in zip(a, b))
+                if isinstance(a, list) and isinstance(a[0], torch.Tensor)
+                else (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)
             )
 
 
 def test_every_kernel_file_belongs_to_a_spec():
     """One word per op at all its stops: every spec has a reference, and a public function's module."""
+    from pathlib import Path
+
     import vqkernels.ops as ops
     import vqkernels.reference as reference
-    from pathlib import Path
 
     references = {p.stem for p in Path(reference.__file__).parent.glob("*.py")} - {"__init__"}
     public = {p.stem for p in Path(ops.__file__).parent.glob("*.py")} - {"__init__", "checks"}
@@ -94,7 +102,10 @@ class TestDispatch:
                 pass
 
     def test_a_forced_backend_that_cannot_run_says_why(self):
-        with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' was asked for and cannot run: there is no cuda kernel"):
+        with (
+            use_backend("cuda"),
+            pytest.raises(RuntimeError, match="backend 'cuda' was asked for and cannot run: there is no cuda kernel"),
+        ):
             pick("trie_topk", torch.device("cpu"))
         pick("trie_topk", torch.device("cpu"))  # and the choice ends with the block
 
@@ -109,7 +120,10 @@ class TestDispatch:
 
         code = "import vqkernels as vq, torch; vq.backends(); print(vq.dispatch._forced)"
         run = lambda value: subprocess.run(  # noqa: E731
-            [sys.executable, "-c", code], env={**__import__("os").environ, "VQK_BACKEND": value}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={**__import__("os").environ, "VQK_BACKEND": value},
+            capture_output=True,
+            text=True,
         )
         assert run("reference").stdout.strip() == "reference"
         assert "VQK_BACKEND: unknown backend 'gpu'" in run("gpu").stderr

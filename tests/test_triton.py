@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors. A process of its own: the interpreter is chosen at import."""
+"""The Triton kernels in Triton's interpreter, on CPU tensors. A process of its own: the interpreter is chosen at
+import."""
 
 import importlib.util
 import os

@@ -22,8 +22,8 @@ _OPS = {
     "trie_topk": "trie_topk",
 }
 _SOURCES = {name: f".ops.{module}" for name, module in _OPS.items()}
-_SOURCES |= {name: ".dispatch" for name in ("backends", "use_backend")}
-_SOURCES |= {name: ".layers" for name in ("VectorQuantize", "ResidualVQ")}
+_SOURCES |= dict.fromkeys(("backends", "use_backend"), ".dispatch")
+_SOURCES |= dict.fromkeys(("VectorQuantize", "ResidualVQ"), ".layers")
 _SUBMODULES = ("compat", "data", "layers", "models", "numpy", "recommend", "semantic_ids")
 
 __all__ = [*_SOURCES, "__version__"]

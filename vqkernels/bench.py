@@ -1,7 +1,8 @@
 """Timing of the operators against every alternative that is installed, correctness first.
 
-A row is an operator at a shape; its contenders are ours and the alternatives, each at its best setting. A contender is timed only
-after its answer passed the row's gate. Speed is also given as a share of the machine's measured limit: the fp32 multiply-add
+A row is an operator at a shape; its contenders are ours and the alternatives, each at its best setting. A contender is
+timed only after its answer passed the row's gate. Speed is also given as a share of the machine's measured limit: the
+fp32 multiply-add
 peak (a register-only loop at the SIMD level in use) for searches, copy bandwidth for memory-bound operators.
 """
 
@@ -23,7 +24,14 @@ from torch import Tensor
 
 from .info import machine
 
-NEAREST = ((65536, 256, 32), (65536, 1024, 64), (32768, 8192, 64), (16384, 8192, 256), (65536, 16384, 8), (8192, 1024, 768))
+NEAREST = (
+    (65536, 256, 32),
+    (65536, 1024, 64),
+    (32768, 8192, 64),
+    (16384, 8192, 256),
+    (65536, 16384, 8),
+    (8192, 1024, 768),
+)
 RESIDUAL = ((65536, 4, 256, 32),)
 ROTATION = ((262144, 256),)
 USAGE = ((4_194_304, 8192),)
@@ -32,7 +40,8 @@ SUMS = ((262144, 1024, 64),)
 
 @dataclass
 class Result:
-    """One contender at one row. Times in milliseconds, memory in MB beyond the inputs, ``limit`` the fraction of the roof."""
+    """One contender at one row. Times in milliseconds, memory in MB beyond the inputs, ``limit`` the fraction of the
+    roof."""
 
     op: str
     shape: str
@@ -110,7 +119,8 @@ def time_call(call: Callable, seconds: float) -> list[float]:
 
 
 def _regret_gate(z: Tensor, codebook: Tensor, take: Callable) -> Callable:
-    """float32 alternatives may differ on near ties: the chosen codeword may be worse than the best by float32 rounding, no more."""
+    """float32 alternatives may differ on near ties: the chosen codeword may be worse than the best by float32
+    rounding, no more."""
     from .ops import nearest_codeword
 
     best = nearest_codeword(z, codebook)[1].double()
@@ -224,7 +234,11 @@ def residual_rows(shapes=RESIDUAL) -> Iterator[Row]:
             indices = torch.as_tensor(output[1] if isinstance(output, tuple) else output).reshape(N, Q).long()
             decoded = sum(c[indices[:, q]] for q, c in enumerate(books))
             error = (z - decoded).square().sum(-1).mean()
-            return "" if abs(error / norm - 1) < 1e-3 else f"mean squared error {error:.6g}, greedy search gives {norm:.6g}"
+            return (
+                ""
+                if abs(error / norm - 1) < 1e-3
+                else f"mean squared error {error:.6g}, greedy search gives {norm:.6g}"
+            )
 
         yield Row(
             "residual_quantize",
@@ -242,8 +256,8 @@ def residual_rows(shapes=RESIDUAL) -> Iterator[Row]:
 
 
 def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
-    from .registry import ESTIMATORS
     from .dispatch import pick
+    from .registry import ESTIMATORS
 
     def eager(z, q, g):
         nz, nq = z.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
@@ -258,6 +272,7 @@ def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
         out = rotate_to(leaf[None], q[None])
         return lambda: torch.autograd.grad(out, leaf, g[None], retain_graph=True)[0]
 
+    op = pick("rotation_trick_backward", torch.device("cpu"))
     for N, D in shapes:
         z, q, g = (torch.randn(N, D) for _ in range(3))
         want = eager(z[:4096].double(), q[:4096].double(), g[:4096].double())
@@ -266,7 +281,6 @@ def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
             error = ((output[:4096].double() - want).norm() / want.norm()).item()
             return "" if error < 1e-4 else f"relative error {error:.3g} against float64"
 
-        op = pick("rotation_trick_backward", z.device)
         yield Row(
             "rotation_trick backward",
             f"{N}x{D}",
@@ -286,9 +300,9 @@ def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
 def usage_rows(shapes=USAGE) -> Iterator[Row]:
     from .dispatch import pick
 
+    op = pick("codebook_usage", torch.device("cpu"))
     for N, K in shapes:
         indices = torch.randint(0, K, (N,))
-        op = pick("codebook_usage", indices.device)
         want = torch.bincount(indices, minlength=K)
         yield Row(
             "codebook_usage",
@@ -344,7 +358,10 @@ def conditions() -> dict:
 
     built = AVAILABLE["nearest_codeword"]["cpu"] is True
     commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     versions = {}
     for package in ("faiss-cpu", "vector-quantize-pytorch", "numpy"):

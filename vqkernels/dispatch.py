@@ -57,7 +57,9 @@ def pick(name: str, device: torch.device) -> torch._ops.OpOverload:
         runs_on = _DEVICES.get(_forced, (kind,))
         interpreted = _forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if kind not in runs_on and not interpreted:
-            raise RuntimeError(f"{name}: backend {_forced!r} serves {', '.join(runs_on)} tensors, the input is on {kind}")
+            raise RuntimeError(
+                f"{name}: backend {_forced!r} serves {', '.join(runs_on)} tensors, the input is on {kind}"
+            )
         return getattr(SPECS[name].op, _OVERLOAD[_forced])
     preference = _PREFERENCE.get(kind, ("reference",))
     for backend in preference:
@@ -73,7 +75,10 @@ def _say_slow(name: str, kind: str, preference: tuple[str, ...]) -> None:
     if (name, kind) in _warned or not SPECS[name].compiled:
         return
     _warned.add((name, kind))
-    reasons = "; ".join(f"{b}: {AVAILABLE[name][b]}" for b in preference if b != "reference") or f"no kernels for {kind} devices"
+    reasons = (
+        "; ".join(f"{b}: {AVAILABLE[name][b]}" for b in preference if b != "reference")
+        or f"no kernels for {kind} devices"
+    )
     warnings.warn(f"vqkernels: {name} runs on the slow reference backend on {kind} ({reasons})", stacklevel=4)
 
 

@@ -31,8 +31,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class OpSpec:
     """Everything the project knows about one raw operator.
 
-    ``outputs`` says how each output compares with the reference: "exact" (bit equal) or "close" (``tolerance``, relative
-    to the largest value, per dtype). ``flops`` and ``bytes`` give the minimum work of a call from its arguments.
+    ``outputs`` says how each output compares with the reference: "exact" (bit equal) or "close" (``tolerance``,
+    relative to the largest value, per dtype). ``flops`` and ``bytes`` give the minimum work of a call from its
+    arguments.
     """
 
     name: str
@@ -99,7 +100,8 @@ SPECS: dict[str, OpSpec] = {
     for spec in (
         OpSpec(
             name="nearest_codeword",
-            schema="(Tensor z, Tensor codebook, Tensor? mask, int metric, bool certified) -> (Tensor indices, Tensor distances)",
+            schema="(Tensor z, Tensor codebook, Tensor? mask, int metric, bool certified)"
+            " -> (Tensor indices, Tensor distances)",
             reference=nearest_codeword,
             fake=_fake_nearest,
             outputs=("exact", "exact"),
@@ -119,7 +121,9 @@ SPECS: dict[str, OpSpec] = {
             samples=samples.residual_quantize,
             edges=samples.residual_quantize_edges,
             flops=lambda z, codebooks, *_: sum(_nearest_flops(z, c) for c in codebooks),
-            bytes=lambda z, codebooks, *_: 2 * _size(z) + _size(*codebooks) + 8 * len(codebooks) * z.shape[0] * z.shape[1],
+            bytes=lambda z, codebooks, *_: (
+                2 * _size(z) + _size(*codebooks) + 8 * len(codebooks) * z.shape[0] * z.shape[1]
+            ),
             compiled=("cpu",),
         ),
         OpSpec(

@@ -42,15 +42,36 @@ def nearest_codeword(dtype):
 def nearest_codeword_edges(dtype):
     out = []
     for N, K, D in ((0, 4, 3), (1, 1, 1), (1, 5, 7), (5, 1, 3), (7, 3, 1), (13, 17, 33), (97, 15, 16), (6, 4096, 2)):
-        out.append((f"N{N} K{K} D{D}", (_randn(1, N, D, seed=3, dtype=dtype), _randn(1, K, D, seed=4, dtype=dtype), None, 0, True)))
+        out.append(
+            (
+                f"N{N} K{K} D{D}",
+                (_randn(1, N, D, seed=3, dtype=dtype), _randn(1, K, D, seed=4, dtype=dtype), None, 0, True),
+            )
+        )
     z, c = _randn(1, 50, 24, seed=5, dtype=dtype), _randn(1, 40, 24, seed=6, dtype=dtype)
     out.append(("misaligned", (_misaligned(z), _misaligned(c), None, 0, True)))
     out.append(("strided", (z[:, ::2, ::3], c[:, ::2, ::3], None, 0, True)))
     out.append(("expanded", (z[:, :1].expand(1, 9, 24), c, None, 0, True)))
-    out.append(("transposed", (_randn(1, 24, 50, seed=5, dtype=dtype).mT, _randn(1, 24, 40, seed=6, dtype=dtype).mT, None, 0, True)))
+    out.append(
+        (
+            "transposed",
+            (_randn(1, 24, 50, seed=5, dtype=dtype).mT, _randn(1, 24, 40, seed=6, dtype=dtype).mT, None, 0, True),
+        )
+    )
     out.append(("mask", (z, c, _mask(1, 50), 0, True)))
     out.append(("all masked", (z, c, torch.zeros(1, 50, dtype=torch.bool), 0, True)))
-    out.append(("ties", (_integers(3, 1, 200, 4, low=-2).to(dtype), _integers(3, 1, 70, 4, seed=1, low=-2).to(dtype), None, 0, True)))
+    out.append(
+        (
+            "ties",
+            (
+                _integers(3, 1, 200, 4, low=-2).to(dtype),
+                _integers(3, 1, 70, 4, seed=1, low=-2).to(dtype),
+                None,
+                0,
+                True,
+            ),
+        )
+    )
     out.append(("duplicated codewords", (z, c[:, :5].repeat(1, 9, 1), None, 0, True)))
     out.append(("all codewords equal", (z, c[:, :1].expand(1, 37, 24), None, 0, True)))
     hostile_z, hostile_c = z.clone(), c.clone()
@@ -77,7 +98,10 @@ def _codebooks(dtype, H: int, sizes, D: int) -> list[Tensor]:
 
 def residual_quantize(dtype):
     return [
-        (f"H{H} N{N} K{sizes} D{D} metric{metric}", (_randn(H, N, D, seed=8, dtype=dtype), _codebooks(dtype, H, sizes, D), None, metric))
+        (
+            f"H{H} N{N} K{sizes} D{D} metric{metric}",
+            (_randn(H, N, D, seed=8, dtype=dtype), _codebooks(dtype, H, sizes, D), None, metric),
+        )
         for metric, H, N, sizes, D in (
             (0, 1, 300, (64, 64, 64), 32), (0, 2, 65, (5, 130, 17), 9), (1, 1, 50, (33, 20), 16), (2, 1, 50, (33,), 16)
         )
@@ -108,7 +132,13 @@ def residual_quantize_backward(dtype):
             z, books = _randn(2, 70, 19, seed=10, dtype=dtype), _codebooks(dtype, 2, (31, 8, 12), 19)
             indices = torch.stack([_integers(K, 2, 70, seed=K) for K in (31, 8, 12)], -1)
             indices[0, 5] = -1
-            args = (z, books, indices, _randn(2, 70, 19, seed=11, dtype=dtype), torch.tensor([0.5, 0.0, 2.0], dtype=scale_dtype))
+            args = (
+                z,
+                books,
+                indices,
+                _randn(2, 70, 19, seed=11, dtype=dtype),
+                torch.tensor([0.5, 0.0, 2.0], dtype=scale_dtype),
+            )
             out.append((f"estimator{estimator} per_level{per_level}", (*args, estimator, per_level)))
     return out
 
@@ -151,7 +181,10 @@ def rotation_trick_backward_edges(dtype):
 
 
 def codebook_usage(dtype):
-    return [(f"S{S} N{N} K{K}", (_integers(K, S, N, low=-1), K)) for S, N, K in ((1, 1000, 256), (3, 777, 10), (2, 50000, 70000))]
+    return [
+        (f"S{S} N{N} K{K}", (_integers(K, S, N, low=-1), K))
+        for S, N, K in ((1, 1000, 256), (3, 777, 10), (2, 50000, 70000))
+    ]
 
 
 def codebook_usage_edges(dtype):
@@ -189,7 +222,9 @@ _LEVELS = ([8, 5, 5, 5], [3, 3, 3], [2], [7, 4])
 
 
 def fsq(dtype):
-    return [(f"levels {levels}", (_randn(200, len(levels), seed=21, dtype=dtype, scale=2.0), levels)) for levels in _LEVELS]
+    return [
+        (f"levels {levels}", (_randn(200, len(levels), seed=21, dtype=dtype, scale=2.0), levels)) for levels in _LEVELS
+    ]
 
 
 def fsq_edges(dtype):

@@ -1,4 +1,5 @@
-"""Every operator x backend x dtype that can run here, against the float64 reference. The tests and ``vqkernels verify`` share it."""
+"""Every operator x backend x dtype that can run here, against the float64 reference. The tests and ``vqkernels
+verify`` share it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ class Record:
 
 
 def _map(args, change: Callable[[Tensor], Tensor]):
-    return tuple([change(x) for x in a] if isinstance(a, list) and a and isinstance(a[0], Tensor) else change(a) if isinstance(a, Tensor) else a for a in args)
+    return tuple(
+        [change(x) for x in a]
+        if isinstance(a, list) and a and isinstance(a[0], Tensor)
+        else change(a)
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    )
 
 
 def _double(t: Tensor) -> Tensor:
@@ -46,7 +54,8 @@ def _first_difference(got: Tensor, want: Tensor) -> str | None:
     if bool(same.all()):
         return None
     where = (~same).nonzero()[0].tolist()
-    return f"{int((~same).sum())} of {same.numel()} differ, first at {where}: got {got[tuple(where)].item()}, want {want[tuple(where)].item()}"
+    count, first = int((~same).sum()), tuple(where)
+    return f"{count} of {same.numel()} differ, first at {where}: got {got[first].item()}, want {want[first].item()}"
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -98,6 +107,6 @@ def run(backends: tuple[str, ...] = BACKENDS, ops: tuple[str, ...] | None = None
                 for case, args in cases(spec, dtype):
                     try:
                         detail, error = compare(spec, backend, args)
-                    except Exception as exception:  # noqa: BLE001 - whatever a kernel raises is a failed record
+                    except Exception as exception:
                         detail, error = f"{type(exception).__name__}: {exception}", float("inf")
                     yield Record(name, backend, str(dtype).removeprefix("torch."), case, not detail, error, detail)

@@ -13,7 +13,7 @@ mkdir "$work/root/dev" && mknod "$work/root/dev/console" c 5 1
 (cd "$work/root" && find . | cpio -o -H newc --quiet | gzip >"$work/iso/initrd.gz")
 cp "$kernel" "$work/iso/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$work/iso/"
-printf 'DEFAULT test\nPROMPT 0\nLABEL test\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=ttyS0 mitigations=off nokaslr nopku noxsaves loglevel=1 VQK_ROWS=%s\n' \
+printf 'DEFAULT test\nPROMPT 0\nLABEL test\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=ttyS0 mitigations=off nokaslr nopku clearcpuid=321,323 loglevel=1 VQK_ROWS=%s\n' \
   "${VQK_ROWS:-1000000}" >"$work/iso/isolinux.cfg"
 xorriso -as mkisofs -quiet -o "$work/boot.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$work/iso"
 cat >"$work/bochsrc" <<RC

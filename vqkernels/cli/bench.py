@@ -20,13 +20,18 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time spent on each contender.")] = 2.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write conditions and one record per contender.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write conditions and one record per contender.")
+    ] = None,
 ) -> None:
-    """Times the operators, after checking each answer, beside torch, faiss-cpu and vector-quantize-pytorch where installed."""
+    """Times the operators, after checking each answer, beside torch, faiss-cpu and vector-quantize-pytorch where
+    installed."""
     console = Console()
     unknown = set(op or ()) - set(harness.ROWS)
     if unknown:
-        console.print(f"[red]bench: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(harness.ROWS)}[/red]")
+        console.print(
+            f"[red]bench: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(harness.ROWS)}[/red]"
+        )
         raise typer.Exit(2)
     torch.manual_seed(seed)
     if threads:
@@ -63,10 +68,17 @@ def _table(row: harness.Row, group: list[harness.Result]) -> Table:
         if r.error:
             table.add_row(r.backend, f"[dim]{r.error}[/dim]", "", "", "", "")
             continue
-        ratio = "" if r.backend == "vqkernels" else f"{r.median_ms / ours:.1f}x faster" if r.median_ms >= ours else f"[red]{ours / r.median_ms:.1f}x slower[/red]"
+        ratio = (
+            ""
+            if r.backend == "vqkernels"
+            else f"{r.median_ms / ours:.1f}x faster"
+            if r.median_ms >= ours
+            else f"[red]{ours / r.median_ms:.1f}x slower[/red]"
+        )
         speed = r.gflops if row.compute_bound else r.gbps
         table.add_row(
             f"[bold]{r.backend}[/bold]" if r.backend == "vqkernels" else r.backend,
-            f"{r.median_ms:.1f} ({r.p20_ms:.1f}–{r.p80_ms:.1f})", f"{speed:.0f}", f"{100 * r.limit:.0f}", f"{r.extra_mb:.0f}", ratio,
+            f"{r.median_ms:.1f} ({r.p20_ms:.1f}–{r.p80_ms:.1f})", f"{speed:.0f}", f"{100 * r.limit:.0f}",
+            f"{r.extra_mb:.0f}", ratio,
         )  # fmt: skip
     return table

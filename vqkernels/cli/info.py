@@ -29,7 +29,9 @@ def info() -> None:
     for backend in BACKENDS:
         table.add_column(backend, justify="center")
     for op, row in backends().items():
-        cells = ["✓" if row[b] is True else str(reasons.setdefault(_general(op, row[b]), len(reasons) + 1)) for b in BACKENDS]
+        cells = [
+            "✓" if row[b] is True else str(reasons.setdefault(_general(op, row[b]), len(reasons) + 1)) for b in BACKENDS
+        ]
         table.add_row(op, *cells)
     console.print(table)
     for reason, number in reasons.items():

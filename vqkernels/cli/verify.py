@@ -19,13 +19,18 @@ from ..registry import BACKENDS, SPECS
 
 def verify(
     op: Annotated[list[str] | None, typer.Option(help="Only these operators (repeatable).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write one record per op x backend x dtype x case.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write one record per op x backend x dtype x case.")
+    ] = None,
 ) -> None:
-    """Checks every operator, backend and dtype that can run here against float64. Exit code 0: all passed; 1: something failed."""
+    """Checks every operator, backend and dtype that can run here against float64. Exit code 0: all passed; 1:
+    something failed."""
     console = Console()
     unknown = set(op or ()) - set(SPECS)
     if unknown:
-        console.print(f"[red]verify: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(SPECS)}[/red]")
+        console.print(
+            f"[red]verify: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(SPECS)}[/red]"
+        )
         raise typer.Exit(2)
     names = tuple(op or SPECS)
     records: list[checks.Record] = []
@@ -37,11 +42,16 @@ def verify(
     for backend in BACKENDS:
         table.add_column(backend)
     for name in names:
-        table.add_row(name, *(_cell([r for r in records if (r.op, r.backend) == (name, b)], backends()[name][b]) for b in BACKENDS))
+        table.add_row(
+            name,
+            *(_cell([r for r in records if (r.op, r.backend) == (name, b)], backends()[name][b]) for b in BACKENDS),
+        )
     console.print(table)
     failed = [r for r in records if not r.passed]
     for r in failed:
-        console.print(f"[red]FAILED[/red] {r.op} {r.backend} {r.dtype} [{r.case}]: {r.detail}", markup=True, highlight=False)
+        console.print(
+            f"[red]FAILED[/red] {r.op} {r.backend} {r.dtype} [{r.case}]: {r.detail}", markup=True, highlight=False
+        )
     if json_file:
         json_file.write_text(json.dumps({"machine": machine(), "records": [r.as_dict() for r in records]}, indent=1))
     verdict = f"{len(records) - len(failed)} of {len(records)} cases passed"

@@ -54,19 +54,22 @@ def vectors_and_codebook(op: str, z: Tensor, codebook: Tensor, name: str = "code
     same(op, "z", z, name, codebook)
     if z.dim() < 1 or codebook.dim() not in (2, 3):
         raise ValueError(
-            f"{op}: z is {tuple(z.shape)} and {name} is {tuple(codebook.shape)}; expected z [..., D] with {name} [K, D], "
+            f"{op}: z is {tuple(z.shape)} and {name} is {tuple(codebook.shape)}; "
+            f"expected z [..., D] with {name} [K, D], "
             f"or one codebook per head: z [H, ..., D] with {name} [H, K, D]"
         )
     if z.shape[-1] != codebook.shape[-1]:
         raise ValueError(
-            f"{op}: z is {tuple(z.shape)} and {name} is {tuple(codebook.shape)}: the last dimensions (features) differ, "
+            f"{op}: z is {tuple(z.shape)} and {name} is {tuple(codebook.shape)}: "
+            f"the last dimensions (features) differ, "
             f"{z.shape[-1]} against {codebook.shape[-1]}"
         )
     if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(f"{op}: {name} is {tuple(codebook.shape)}; it needs at least one codeword and one feature")
     if codebook.dim() == 3 and (z.dim() < 2 or z.shape[0] != codebook.shape[0]):
         raise ValueError(
-            f"{op}: {name} {tuple(codebook.shape)} holds {codebook.shape[0]} heads, so z must be [{codebook.shape[0]}, ..., D]; "
+            f"{op}: {name} {tuple(codebook.shape)} holds {codebook.shape[0]} heads, "
+            f"so z must be [{codebook.shape[0]}, ..., D]; "
             f"it is {tuple(z.shape)}"
         )
 
@@ -77,6 +80,7 @@ def row_mask(op: str, mask: Tensor | None, lead: torch.Size, device: torch.devic
     tensor(op, "mask", mask)
     if mask.dtype != torch.bool or mask.shape != lead or mask.device != device:
         raise ValueError(
-            f"{op}: mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; expected torch.bool {tuple(lead)} on {device} "
+            f"{op}: mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; "
+            f"expected torch.bool {tuple(lead)} on {device} "
             f"(z without its last dimension; True takes part)"
         )

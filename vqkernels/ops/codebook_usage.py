@@ -11,8 +11,8 @@ from . import checks
 
 
 class CodebookUsage(NamedTuple):
-    """``counts`` int64 [..., K]; ``used`` fraction of codewords with a count; ``entropy`` in nats of the usage distribution;
-    ``perplexity`` = exp(entropy), K when all codewords are used alike; ``dead`` bool [..., K]."""
+    """``counts`` int64 [..., K]; ``used`` fraction of codewords with a count; ``entropy`` in nats of the usage
+    distribution; ``perplexity`` = exp(entropy), K when all codewords are used alike; ``dead`` bool [..., K]."""
 
     counts: Tensor
     used: Tensor
@@ -27,8 +27,8 @@ def codebook_usage(indices: Tensor, codebook_size: int, *, dim: int | None = Non
     Args:
         indices: integers of any shape; negative ones (masked or non-finite rows) are skipped.
         codebook_size: K.
-        dim: the dimension of ``indices`` that separates codebooks (levels, heads); each then gets statistics of its own,
-            ``counts`` ``[size of dim, K]``. Default: one histogram over everything, ``counts`` ``[K]``.
+        dim: the dimension of ``indices`` that separates codebooks (levels, heads); each then gets statistics of its
+            own, ``counts`` ``[size of dim, K]``. Default: one histogram over everything, ``counts`` ``[K]``.
 
     Raises:
         RuntimeError: an index >= codebook_size (compiled CUDA kernels skip it instead of synchronising).

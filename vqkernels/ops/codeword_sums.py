@@ -17,7 +17,8 @@ def codeword_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tenso
         codebook_size: K.
 
     Returns:
-        ``sums`` ``[K, D]`` (``[H, K, D]``), float32 (float64 for float64 input), added in float64; ``counts`` int64 ``[K]`` (``[H, K]``).
+        ``sums`` ``[K, D]`` (``[H, K, D]``), float32 (float64 for float64 input), added in float64; ``counts`` int64
+        ``[K]`` (``[H, K]``).
 
     Raises:
         RuntimeError: an index >= codebook_size.
@@ -28,7 +29,10 @@ def codeword_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tenso
     checks.integer(op, "indices", indices)
     checks.positive(op, "codebook_size", codebook_size)
     if z.dim() not in (2, 3) or indices.shape != z.shape[:-1] or z.shape[-1] == 0:
-        raise ValueError(f"{op}: z is {tuple(z.shape)} and indices {tuple(indices.shape)}; expected [N, D] with [N], or [H, N, D] with [H, N]")
+        raise ValueError(
+            f"{op}: z is {tuple(z.shape)} and indices {tuple(indices.shape)}; "
+            f"expected [N, D] with [N], or [H, N, D] with [H, N]"
+        )
     if indices.device != z.device:
         raise ValueError(f"{op}: z is on {z.device} and indices on {indices.device}; move one with .to()")
     heads = z if z.dim() == 3 else z.unsqueeze(0)

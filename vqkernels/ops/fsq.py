@@ -31,9 +31,13 @@ def _levels(op: str, z: Tensor, levels: Sequence[int]) -> list[int]:
     if not levels or min(levels) < 2:
         raise ValueError(f"{op}: levels={levels}; a non-empty list of integers >= 2 is expected")
     if math.prod(levels) >= 2**31:
-        raise ValueError(f"{op}: levels={levels} multiply to {math.prod(levels)} codes, more than an int32 index holds (2147483647)")
+        raise ValueError(
+            f"{op}: levels={levels} multiply to {math.prod(levels)} codes, more than an int32 index holds (2147483647)"
+        )
     if z.dim() < 1 or z.shape[-1] != len(levels):
-        raise ValueError(f"{op}: the last dimension of {tuple(z.shape)} must be the number of levels, {len(levels)} ({levels})")
+        raise ValueError(
+            f"{op}: the last dimension of {tuple(z.shape)} must be the number of levels, {len(levels)} ({levels})"
+        )
     return levels
 
 
@@ -57,7 +61,8 @@ def fsq(z: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def fsq_indices(y: Tensor, levels: Sequence[int]) -> Tensor:
-    """The codebook index int64 ``[...]`` of quantized values ``y`` ``[..., d]`` as :func:`fsq` returns them (first feature fastest).
+    """The codebook index int64 ``[...]`` of quantized values ``y`` ``[..., d]`` as :func:`fsq` returns them (first
+    feature fastest).
     Rows with a non-finite value get -1."""
     levels = _levels("fsq_indices", y, levels)
     width = torch.tensor([v // 2 for v in levels], device=y.device)

@@ -13,7 +13,8 @@ from .nearest_codeword import nearest_codeword
 
 
 class KMeans(NamedTuple):
-    """``centroids`` [K,D]; ``indices`` int64 [N], nearest centroid of each row (-1: non-finite row); ``inertia`` float64 []:
+    """``centroids`` [K,D]; ``indices`` int64 [N], nearest centroid of each row (-1: non-finite row); ``inertia``
+    float64 []:
     sum of squared distances."""
 
     centroids: Tensor

@@ -21,14 +21,14 @@ def nearest_codeword(
         codebook: ``[K, D]``, or ``[H, K, D]`` for one codebook per head, then z is ``[H, ..., D]``.
         metric: ``"l2"`` minimises the squared Euclidean distance; ``"cosine"`` and ``"dot"`` maximise the similarity.
         precision: ``"exact"`` returns the certified nearest codeword: the one whose distance, evaluated in float64 in
-            feature order, is smallest, exact ties going to the lowest index. It is the same on every backend, SIMD level,
-            thread count and batch size. ``"fast"`` skips the certification (docs/numerics.md bounds the regret).
+            feature order, is smallest, exact ties going to the lowest index. It is the same on every backend, SIMD
+            level, thread count and batch size. ``"fast"`` skips the certification (docs/numerics.md bounds the regret).
         mask: bool ``[...]`` like z without its last dimension; False rows are skipped.
 
     Returns:
-        ``indices`` int64 ``[...]`` and ``distances`` ``[...]`` (float32, float64 for float64 input): the squared distance,
-        ``1 - similarity`` for cosine, ``-dot`` for dot. Rows with a non-finite value get index -1 and distance NaN, masked rows
-        -1 and 0; a codeword with a non-finite value never wins. Neither output carries a gradient.
+        ``indices`` int64 ``[...]`` and ``distances`` ``[...]`` (float32, float64 for float64 input): the squared
+        distance, ``1 - similarity`` for cosine, ``-dot`` for dot. Rows with a non-finite value get index -1 and distance NaN,
+        masked rows -1 and 0; a codeword with a non-finite value never wins. Neither output carries a gradient.
 
     Raises:
         TypeError, ValueError: dtypes or devices that differ, unknown names, shapes that do not fit.

@@ -1,4 +1,5 @@
-"""Vector and residual quantization: search, lookup, losses and gradient estimator in one forward and one backward pass."""
+"""Vector and residual quantization: search, lookup, losses and gradient estimator in one forward and one backward
+pass."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def _quantize(op, z, codebooks, estimator, beta, metric, mask, per_level) -> Qua
         name = "codebook" if op == "vector_quantize" else f"codebooks[{level}]"
         checks.vectors_and_codebook(op, z, codebook, name)
         if (codebook.shape[0] if codebook.dim() == 3 else None) != heads:
-            raise ValueError(f"{op}: {name} is {tuple(codebook.shape)}, codebooks[0] is {tuple(codebooks[0].shape)}: heads differ")
+            raise ValueError(
+                f"{op}: {name} is {tuple(codebook.shape)}, codebooks[0] is {tuple(codebooks[0].shape)}: heads differ"
+            )
     checks.row_mask(op, mask, z.shape[:-1], z.device)
     estimator_id = checks.choice(op, "estimator", estimator, ESTIMATORS)
     metric_id = checks.choice(op, "metric", metric, METRICS)
@@ -84,7 +87,9 @@ def _quantize(op, z, codebooks, estimator, beta, metric, mask, per_level) -> Qua
         float(beta),
         *(c.reshape(H, -1, D) for c in codebooks),
     )
-    return Quantized(quantized.reshape(z.shape), indices.reshape(*z.shape[:-1], len(codebooks)), commitment, codebook_loss)
+    return Quantized(
+        quantized.reshape(z.shape), indices.reshape(*z.shape[:-1], len(codebooks)), commitment, codebook_loss
+    )
 
 
 def vector_quantize(
@@ -100,22 +105,26 @@ def vector_quantize(
     Args:
         z: ``[..., D]``; float32, float64, bfloat16 or float16.
         codebook: ``[K, D]``, or ``[H, K, D]`` with z ``[H, ..., D]``.
-        estimator: gradient from quantized to z: ``"rotation"`` (the rotation trick, arXiv 2410.06424), ``"reflection"`` or
-            ``"ste"`` (straight-through). The codebook gets its gradient from ``codebook_loss`` alone.
+        estimator: gradient from quantized to z: ``"rotation"`` (the rotation trick, arXiv 2410.06424),
+            ``"reflection"`` or ``"ste"`` (straight-through). The codebook gets its gradient from ``codebook_loss``
+            alone.
         beta: weight of the commitment loss.
         metric: ``"l2"``, ``"cosine"`` or ``"dot"``, as in :func:`nearest_codeword`.
         mask: bool ``[...]``; False rows get index -1, quantized 0, no loss and no gradient.
 
     Returns:
-        ``quantized`` ``[..., D]`` (the codewords, bit for bit), ``indices`` int64 ``[...]``, and two scalars, averaged over valid rows
-        and features: ``commitment_loss`` = beta mean (z - sg(c))^2 and ``codebook_loss`` = mean (sg(z) - c)^2.
+        ``quantized`` ``[..., D]`` (the codewords, bit for bit), ``indices`` int64 ``[...]``, and two scalars, averaged
+        over valid rows and features: ``commitment_loss`` = beta mean (z - sg(c))^2 and ``codebook_loss`` = mean (sg(z)
+        - c)^2.
         Rows with a non-finite value get index -1, a NaN quantized row, and take no part in losses or gradients.
 
     Raises:
         TypeError, ValueError: as :func:`nearest_codeword`.
     """
     out = _quantize("vector_quantize", z, [codebook], estimator, beta, metric, mask, False)
-    return Quantized(out.quantized, out.indices.squeeze(-1), out.commitment_loss.squeeze(0), out.codebook_loss.squeeze(0))
+    return Quantized(
+        out.quantized, out.indices.squeeze(-1), out.commitment_loss.squeeze(0), out.codebook_loss.squeeze(0)
+    )
 
 
 def residual_quantize(
@@ -138,7 +147,8 @@ def residual_quantize(
             codeword, instead.
 
     Returns:
-        ``quantized`` ``[..., D]``, ``indices`` int64 ``[..., Q]``, ``commitment_loss`` ``[Q]``, ``codebook_loss`` ``[Q]``. Residuals are
+        ``quantized`` ``[..., D]``, ``indices`` int64 ``[..., Q]``, ``commitment_loss`` ``[Q]``, ``codebook_loss``
+        ``[Q]``. Residuals are
         subtracted in float32 (float64 for float64), so all levels are the same on every backend.
 
     Raises:
@@ -148,6 +158,8 @@ def residual_quantize(
     """
     if isinstance(codebooks, Tensor):
         if codebooks.dim() != 3:
-            raise ValueError(f"residual_quantize: codebooks is {tuple(codebooks.shape)}; expected [Q, K, D] or a list of [K, D]")
+            raise ValueError(
+                f"residual_quantize: codebooks is {tuple(codebooks.shape)}; expected [Q, K, D] or a list of [K, D]"
+            )
         codebooks = codebooks.unbind(0)
     return _quantize("residual_quantize", z, list(codebooks), estimator, beta, metric, mask, per_level)

@@ -31,11 +31,11 @@ def rotation_trick(z: Tensor, q: Tensor, kind: str = "rotation") -> Tensor:
     Args:
         z: encoder output ``[..., D]``.
         q: its codewords, same shape, dtype and device. No gradient goes to q.
-        kind: ``"rotation"``: dz = (|q|/|z|) R^T g with R the rotation in the plane of z and q; ``"reflection"``: R the Householder
-            reflection that maps z onto q; ``"ste"``: dz = g.
+        kind: ``"rotation"``: dz = (|q|/|z|) R^T g with R the rotation in the plane of z and q; ``"reflection"``: R the
+            Householder reflection that maps z onto q; ``"ste"``: dz = g.
 
-    Rows where the map is singular (a zero vector, z opposite to q, norms a factor 1e6 apart) fall back to straight-through;
-    docs/numerics.md gives the thresholds.
+    Rows where the map is singular (a zero vector, z opposite to q, norms a factor 1e6 apart) fall back to
+    straight-through; docs/numerics.md gives the thresholds.
 
     Raises:
         TypeError, ValueError: dtype, device or shape of z and q differ, unknown kind.
@@ -47,7 +47,9 @@ def rotation_trick(z: Tensor, q: Tensor, kind: str = "rotation") -> Tensor:
     checks.floating(op, "q", q)
     checks.same(op, "z", z, "q", q)
     if z.shape != q.shape or z.dim() < 1:
-        raise ValueError(f"{op}: z is {tuple(z.shape)} and q is {tuple(q.shape)}; both must be [..., D] of the same shape")
+        raise ValueError(
+            f"{op}: z is {tuple(z.shape)} and q is {tuple(q.shape)}; both must be [..., D] of the same shape"
+        )
     estimator = checks.choice(op, "kind", kind, ESTIMATORS)
     if z.shape[-1] == 0:
         raise ValueError(f"{op}: z is {tuple(z.shape)}; it needs at least one feature")

@@ -13,8 +13,8 @@ def trie_topk(logits: Tensor, scores: Tensor, states: Tensor, trie, k: int) -> t
     """Log-softmax, mask to the trie, and top-k over all beams of a user, in one step.
 
     Args:
-        logits: next-token logits ``[B, W, V]`` (B users, W beams, V tokens). They are normalised over all V tokens, so scores stay
-            the model's own log-probabilities.
+        logits: next-token logits ``[B, W, V]`` (B users, W beams, V tokens). They are normalised over all V tokens, so
+            scores stay the model's own log-probabilities.
         scores: log-probabilities of the beams so far ``[B, W]``.
         states: trie node of each beam, int64 ``[B, W]``; -1 is a dead beam.
         trie: has ``row_offsets`` ``[S+1]``, ``edge_tokens`` and ``edge_children`` ``[E]``, int64: node s has the edges
@@ -22,7 +22,8 @@ def trie_topk(logits: Tensor, scores: Tensor, states: Tensor, trie, k: int) -> t
         k: beams to keep.
 
     Returns:
-        ``scores`` ``[B, k]`` descending, ``beams`` ``[B, k]`` (which beam each came from), ``tokens`` ``[B, k]``, ``states`` ``[B, k]``. Ties go to
+        ``scores`` ``[B, k]`` descending, ``beams`` ``[B, k]`` (which beam each came from), ``tokens`` ``[B, k]``,
+        ``states`` ``[B, k]``. Ties go to
         the lowest (beam, token). Where fewer than k continuations are valid: score -inf and -1 elsewhere.
 
     Raises:

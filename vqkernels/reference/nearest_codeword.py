@@ -16,7 +16,8 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as IEEE 754 has it and the compiled kernels do; torch's CPU sqrt calls a vector library that is off by a bit."""
+    """Correctly rounded, as IEEE 754 has it and the compiled kernels do; torch's CPU sqrt calls a vector library that
+    is off by a bit."""
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 

@@ -37,7 +37,13 @@ def residual_quantize(z: Tensor, codebooks: list[Tensor], mask: Tensor | None, m
 
 
 def residual_quantize_backward(
-    z: Tensor, codebooks: list[Tensor], indices: Tensor, grad: Tensor, commitment_scale: Tensor, estimator: int, per_level: bool
+    z: Tensor,
+    codebooks: list[Tensor],
+    indices: Tensor,
+    grad: Tensor,
+    commitment_scale: Tensor,
+    estimator: int,
+    per_level: bool,
 ) -> Tensor:
     """dz [H,N,D] = J^T grad + sum_l commitment_scale[l] (r_{l-1} - c_l); 0 where the index is -1."""
     dtype = accumulate_dtype(z)

@@ -9,10 +9,16 @@ from .nearest_codeword import accumulate_dtype
 
 
 def trie_topk(
-    logits: Tensor, scores: Tensor, states: Tensor, row_offsets: Tensor, edge_tokens: Tensor, edge_children: Tensor, k: int
+    logits: Tensor,
+    scores: Tensor,
+    states: Tensor,
+    row_offsets: Tensor,
+    edge_tokens: Tensor,
+    edge_children: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [B,W,V], scores [B,W], states [B,W] -> scores, beams, tokens, states, each [B,k]."""
-    B, W, V = logits.shape
+    B, W, _ = logits.shape
     logp = logits.to(accumulate_dtype(logits)).log_softmax(-1)
     live = states >= 0
     node = states.clamp(min=0)

@@ -4,6 +4,7 @@
 //
 // tests/cpp/avx512_in_bochs.sh runs it on an emulated AVX-512 processor, for machines that have none; there the program is
 // the init process, so it powers the machine off instead of returning.
+#include <termios.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -103,7 +104,7 @@ int main() {
   std::printf("finished with status %d\n", status);
   std::fflush(stdout);
 #ifdef __linux__
-  if (getpid() == 1) sync(), reboot(RB_POWER_OFF);
+  if (getpid() == 1) tcdrain(1), sleep(2), reboot(RB_POWER_OFF);  // the console may still be busy
 #endif
   return status;
 }

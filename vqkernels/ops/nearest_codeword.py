@@ -28,7 +28,8 @@ def nearest_codeword(
     Returns:
         ``indices`` int64 ``[...]`` and ``distances`` ``[...]`` (float32, float64 for float64 input): the squared
         distance, ``1 - similarity`` for cosine, ``-dot`` for dot. Rows with a non-finite value get index -1 and
-        distance NaN, masked rows -1 and 0; a codeword with a non-finite value never wins. Neither output carries a gradient.
+        distance NaN, masked rows -1 and 0; a codeword with a non-finite value never wins. Neither output carries a
+        gradient.
 
     Raises:
         TypeError, ValueError: dtypes or devices that differ, unknown names, shapes that do not fit.

@@ -40,7 +40,7 @@ def bench_table() -> str:
         blocks.append(
             f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32 and {c['copy_gbps']} GB/s copy; "
             f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
-            f"`vqkernels bench --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
+            f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
             + "\n".join(lines)
         )
         assert backends

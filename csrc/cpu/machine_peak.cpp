@@ -81,7 +81,8 @@ double fma_peak_gflops(const Parallel& parallel) {
   Work work{simd_level(), {}};
   const double lanes = work.level == Simd::avx512 ? 16 : work.level == Simd::avx2 ? 8 : 4;
   double best = 0;
-  for (int repeat = 0; repeat < 8; ++repeat) {
+  // half a second: a core that is busy elsewhere for a moment must not lower the peak
+  for (int repeat = 0; repeat < 100; ++repeat) {
     auto start = std::chrono::steady_clock::now();
     parallel.run(parallel.threads, body, &work);
     double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -67,7 +67,7 @@ def pick(name: str, device: torch.device) -> torch._ops.OpOverload:
             if backend == "reference" and not torch.compiler.is_compiling():
                 _say_slow(name, kind, preference)
             return getattr(SPECS[name].op, _OVERLOAD[backend])
-    raise RuntimeError(f"{name}: no backend serves {kind} tensors: {row}")  # pragma: no cover - reference always runs
+    raise RuntimeError(f"{name}: no backend serves {kind} tensors: {row}")
 
 
 def _say_slow(name: str, kind: str, preference: tuple[str, ...]) -> None:

@@ -7,10 +7,10 @@ cd "$(dirname "$0")/../.."
 kernel=${1:-$(ls -v /boot/vmlinuz-* | tail -n 1)}
 work=$(mktemp -d)
 [ -n "${VQK_KEEP:-}" ] || trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/root" "$work/iso"
-g++ -O3 -std=c++20 -ffp-contract=off -static -I csrc/include tests/cpp/test_simd_levels.cpp csrc/cpu/*.cpp -o "$work/root/init"
-mkdir "$work/root/dev" && mknod "$work/root/dev/console" c 5 1
-(cd "$work/root" && find . | cpio -o -H newc --quiet | gzip >"$work/iso/initrd.gz")
+mkdir -p "$work/disk" "$work/iso"
+g++ -O3 -std=c++20 -ffp-contract=off -static -I csrc/include tests/cpp/test_simd_levels.cpp csrc/cpu/*.cpp -o "$work/disk/init"
+mkdir "$work/disk/dev" && mknod "$work/disk/dev/console" c 5 1
+(cd "$work/disk" && find . | cpio -o -H newc --quiet | gzip >"$work/iso/initrd.gz")
 cp "$kernel" "$work/iso/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$work/iso/"
 printf 'DEFAULT test\nPROMPT 0\nLABEL test\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=ttyS0 mitigations=off nokaslr nopku clearcpuid=321,323 loglevel=1 VQK_ROWS=%s\n' \

@@ -11,6 +11,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
+def _note(conditions: dict) -> str:
+    return f" ({conditions['peak_note']})" if "peak_note" in conditions else ""
+
+
 def bench_table() -> str:
     blocks = []
     for path in sorted(RESULTS.glob("cpu-*.json")):
@@ -38,7 +42,7 @@ def bench_table() -> str:
                 f"| {_time_and_memory(incumbent)} |"
             )
         blocks.append(
-            f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32 and {c['copy_gbps']} GB/s copy; "
+            f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32{_note(c)} and {c['copy_gbps']} GB/s copy; "
             f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
             f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
             + "\n".join(lines)

@@ -86,6 +86,10 @@ def _fake_sums(z, indices, codebook_size):
     return sums, indices.new_empty((z.shape[0], codebook_size))
 
 
+def _fake_fsq(z, levels):
+    return _fake_like_first(z), z.new_empty(z.shape[:1], dtype=torch.int32)
+
+
 def _fake_trie(logits, scores, states, row_offsets, edge_tokens, edge_children, k):
     B = logits.shape[0]
     return logits.new_empty((B, k), dtype=accumulate_dtype(logits)), *(states.new_empty((B, k)) for _ in range(3))
@@ -180,14 +184,15 @@ SPECS: dict[str, OpSpec] = {
         ),
         OpSpec(
             name="fsq",
-            schema="(Tensor z, int[] levels) -> Tensor",
+            schema="(Tensor z, int[] levels) -> (Tensor quantized, Tensor indices)",
             reference=fsq,
-            fake=_fake_like_first,
-            outputs=("exact",),
+            fake=_fake_fsq,
+            outputs=("exact", "exact"),
             samples=samples.fsq,
             edges=samples.fsq_edges,
-            flops=lambda z, *_: 6 * z.numel(),
-            bytes=lambda z, *_: 2 * _size(z),
+            flops=lambda z, levels: 2 * z.shape[0] * sum(levels),
+            bytes=lambda z, *_: 2 * _size(z) + 4 * z.shape[0],
+            compiled=("cpu",),
         ),
         OpSpec(
             name="fsq_backward",
@@ -199,6 +204,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_backward_edges,
             flops=lambda z, *_: 8 * z.numel(),
             bytes=lambda z, *_: 3 * _size(z),
+            compiled=("cpu",),
             tolerance=16.0,
         ),
         OpSpec(

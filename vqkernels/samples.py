@@ -218,7 +218,7 @@ def codeword_sums_edges(dtype):
     ]
 
 
-_LEVELS = ([8, 5, 5, 5], [3, 3, 3], [2], [7, 4])
+_LEVELS = ([8, 5, 5, 5], [3, 3, 3], [2], [7, 4], [17, 3], [2000, 2])  # few, many and too many levels to compare
 
 
 def fsq(dtype):
@@ -233,6 +233,8 @@ def fsq_edges(dtype):
         ("N0", (z[:0, :2], [3, 4])),
         ("strided", (z[::2, ::4], [3, 4])),
         ("saturated", (torch.tensor([[-1e4, 1e4], [0.0, 0.0]], dtype=dtype), [5, 4])),
+        ("infinite", (torch.tensor([[-torch.inf, torch.inf], [0.0, torch.inf]], dtype=dtype), [5, 4])),
+        ("NaN", (torch.where(z[:, :3] > 1, torch.nan, z[:, :3]), [5, 4, 3])),
     ]
 
 

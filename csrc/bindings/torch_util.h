@@ -50,6 +50,7 @@ inline const char* dtype_name(ScalarType s) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
     case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }

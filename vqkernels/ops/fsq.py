@@ -15,12 +15,14 @@ from . import checks
 class FsqFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, levels):
+        quantized, indices = pick("fsq", z.device)(z, levels)
         ctx.save_for_backward(z)
         ctx.levels = levels
-        return pick("fsq", z.device)(z, levels)
+        ctx.mark_non_differentiable(indices)
+        return quantized, indices
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         (z,) = ctx.saved_tensors
         return pick("fsq_backward", z.device)(z, grad, ctx.levels), None
 
@@ -41,15 +43,18 @@ def _levels(op: str, z: Tensor, levels: Sequence[int]) -> list[int]:
     return levels
 
 
-def fsq(z: Tensor, levels: Sequence[int]) -> Tensor:
+def fsq(z: Tensor, levels: Sequence[int], *, return_indices: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Bounds each feature by tanh and rounds it to one of its levels; straight-through gradient of the rounding.
 
     Args:
         z: ``[..., d]``, d = len(levels).
         levels: number of values per feature, each >= 2; their product is the codebook size, below 2^31.
+        return_indices: also return the codebook index of every vector, found in the same pass.
 
     Returns:
-        ``[..., d]`` in [-1, 1]: multiples of 1/(L//2); an even L has one value more on the negative side.
+        ``[..., d]`` in [-1, 1]: multiples of 1/(L//2); an even L has one value more on the negative side. The level is
+        exact: it is decided by comparing with thresholds, not by rounding a tanh. With ``return_indices`` also int32
+        ``[...]``, first feature fastest, -1 where a value is NaN.
 
     Raises:
         ValueError: levels do not fit z or multiply beyond int32.
@@ -57,7 +62,9 @@ def fsq(z: Tensor, levels: Sequence[int]) -> Tensor:
     Source: Mentzer et al. 2023 (arXiv 2309.15505).
     """
     levels = _levels("fsq", z, levels)
-    return FsqFn.apply(z.reshape(-1, len(levels)), levels).reshape(z.shape)
+    quantized, indices = FsqFn.apply(z.reshape(-1, len(levels)), levels)
+    quantized = quantized.reshape(z.shape)
+    return (quantized, indices.reshape(z.shape[:-1])) if return_indices else quantized
 
 
 def fsq_indices(y: Tensor, levels: Sequence[int]) -> Tensor:

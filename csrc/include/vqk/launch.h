@@ -19,6 +19,8 @@ void residual_quantize_backward(const ResidualQuantizeBackwardParams&, const Par
 void rotation_trick_backward(const RotationTrickBackwardParams&, const Parallel&);
 void codebook_usage(const CodebookUsageParams&, const Parallel&);
 void codeword_sums(const CodewordSumsParams&, const Parallel&);
+void fsq(const FsqParams&, const Parallel&);
+void fsq_backward(const FsqBackwardParams&, const Parallel&);
 
 // Measures the fp32 multiply-add peak of parallel.threads cores at the SIMD level in use, in GFLOP/s.
 double fma_peak_gflops(const Parallel&);

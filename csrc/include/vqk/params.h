@@ -97,4 +97,26 @@ struct CodewordSumsParams {
   DType dtype;
 };
 
+// quantized[n,j] = (level - levels[j] / 2) / (levels[j] / 2), level = the number of thresholds z[n,j] has passed;
+// indices[n] = sum_j level_j * prod_{i<j} levels[i], or -1 when a value of the row is NaN (then that value stays NaN).
+constexpr int64_t kFsqMaxFeatures = 30;  // of at least 2 levels each, with a product below 2^31
+struct FsqParams {
+  const void* z;          // [N,d] dtype
+  const int64_t* levels;  // [d], each >= 2, product < 2^31
+  void* quantized;        // [N,d] dtype
+  int32_t* indices;       // [N]
+  int64_t N, d;
+  DType dtype;
+};
+
+// dz = grad * half / cosh^2(z + shift) / (levels / 2): straight through the rounding.
+struct FsqBackwardParams {
+  const void* z;          // [N,d] dtype
+  const void* grad;       // [N,d] dtype
+  const int64_t* levels;  // [d]
+  void* dz;               // [N,d] dtype
+  int64_t N, d;
+  DType dtype;
+};
+
 }  // namespace vqk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ def bench_table() -> str:
     for path in sorted(RESULTS.glob("cpu-*.json")):
         data = json.loads(path.read_text())
         c = data["conditions"]
-        backends = list(dict.fromkeys(r["backend"] for r in data["records"]))
         rows: dict[tuple[str, str], dict[str, dict]] = {}
         for r in data["records"]:
             rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
@@ -30,6 +30,8 @@ def bench_table() -> str:
         ]
         for (op, shape), group in rows.items():
             ours = group["vqkernels"]
+            if math.isnan(ours["limit"]):
+                continue  # a layer
             others = [r for b, r in group.items() if b != "vqkernels" and not r["error"]]
             best = min(others, key=lambda r: r["median_ms"])
             incumbent = next(
@@ -47,8 +49,25 @@ def bench_table() -> str:
             f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
             + "\n".join(lines)
         )
-        assert backends
     return "\n\n".join(blocks)
+
+
+def layers_table() -> str:
+    """Layers, from the same files: those records have no limit to be held against."""
+    lines = ["| layer | input, options | vqkernels | vector-quantize-pytorch | we are |", "|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        data = json.loads(path.read_text())
+        theirs = {(r["op"], r["shape"]): r for r in data["records"] if r["backend"] == "vector-quantize-pytorch"}
+        for r in data["records"]:
+            if r["backend"] != "vqkernels" or not math.isnan(r["limit"]):
+                continue
+            other = theirs[r["op"], r["shape"]]
+            ratio = other["median_ms"] / r["median_ms"]
+            lines.append(
+                f"| {r['op']} | {r['shape']} | **{r['median_ms']:.1f} ms**, {r['extra_mb']:.0f} MB | {other['median_ms']:.1f} ms, {other['extra_mb']:.0f} MB "
+                f"| {ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'} |"
+            )
+    return "\n".join(lines)
 
 
 def _time_and_memory(record: dict | None) -> str:
@@ -100,7 +119,7 @@ def ops_table() -> str:
 
 
 def render(text: str) -> str:
-    for mark, table in (("bench", bench_table), ("demo", demo_table), ("ops", ops_table)):
+    for mark, table in (("bench", bench_table), ("layers", layers_table), ("demo", demo_table), ("ops", ops_table)):
         block = f"<!-- {mark}:begin -->\n\n{table()}\n\n<!-- {mark}:end -->"
         text = re.sub(rf"<!-- {mark}:begin -->.*<!-- {mark}:end -->", lambda _, block=block: block, text, flags=re.S)
     return text

@@ -1,4 +1,4 @@
-"""vqkernels bench: the operators against every installed alternative and against the machine's limit."""
+"""vqkernels bench: operators and layers against every installed alternative and against the machine's limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import bench as harness
 
 
 def bench(
-    op: Annotated[list[str] | None, typer.Option(help=f"Only these (repeatable): {', '.join(harness.ROWS)}.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help=f"Only these (repeatable): {', '.join(harness.rows())}.")] = None,
     seconds: Annotated[float, typer.Option(help="Time spent on each contender.")] = 2.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
@@ -24,13 +24,14 @@ def bench(
         Path | None, typer.Option("--json", help="Write conditions and one record per contender.")
     ] = None,
 ) -> None:
-    """Times the operators, after checking each answer, beside torch, faiss-cpu and vector-quantize-pytorch where
+    """Times operators and layers, after checking each answer, beside torch, faiss-cpu and vector-quantize-pytorch where
     installed."""
     console = Console()
-    unknown = set(op or ()) - set(harness.ROWS)
+    all_rows = harness.rows()
+    unknown = set(op or ()) - set(all_rows)
     if unknown:
         console.print(
-            f"[red]bench: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(harness.ROWS)}[/red]"
+            f"[red]bench: unknown operator {', '.join(sorted(unknown))}; there are: {', '.join(all_rows)}[/red]"
         )
         raise typer.Exit(2)
     torch.manual_seed(seed)
@@ -42,8 +43,8 @@ def bench(
     results: list[harness.Result] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=None)
-        for name in op or harness.ROWS:
-            for row in harness.ROWS[name]():
+        for name in op or all_rows:
+            for row in all_rows[name]():
                 progress.update(bar, description=f"{row.op} {row.shape}")
                 group = list(harness.measure(row, limits, seconds))
                 results += group
@@ -60,13 +61,13 @@ def bench(
 
 def _table(row: harness.Row, group: list[harness.Result]) -> Table:
     table = Table(title=f"{row.op} {row.shape}", title_justify="left")
-    roof = "% of FMA peak" if row.compute_bound else "% of copy"
-    for column in ("", "ms (p20–p80)", "GFLOP/s" if row.compute_bound else "GB/s", roof, "extra MB", "ours is"):
+    roof = {"fma": ("GFLOP/s", "% of FMA peak"), "copy": ("GB/s", "% of copy"), "": ()}[row.roof]
+    for column in ("", "ms (p20–p80)", *roof, "extra MB", "ours is"):
         table.add_column(column, justify="left" if not column else "right")
     ours = next((r.median_ms for r in group if r.backend == "vqkernels"), float("nan"))
     for r in group:
         if r.error:
-            table.add_row(r.backend, f"[dim]{r.error}[/dim]", "", "", "", "")
+            table.add_row(r.backend, f"[dim]{r.error}[/dim]")
             continue
         ratio = (
             ""
@@ -75,10 +76,12 @@ def _table(row: harness.Row, group: list[harness.Result]) -> Table:
             if r.median_ms >= ours
             else f"[red]{ours / r.median_ms:.1f}x slower[/red]"
         )
-        speed = r.gflops if row.compute_bound else r.gbps
+        speed = r.gflops if row.roof == "fma" else r.gbps
         table.add_row(
             f"[bold]{r.backend}[/bold]" if r.backend == "vqkernels" else r.backend,
-            f"{r.median_ms:.1f} ({r.p20_ms:.1f}–{r.p80_ms:.1f})", f"{speed:.0f}", f"{100 * r.limit:.0f}",
-            f"{r.extra_mb:.0f}", ratio,
-        )  # fmt: skip
+            f"{r.median_ms:.1f} ({r.p20_ms:.1f}–{r.p80_ms:.1f})",
+            *((f"{speed:.0f}", f"{100 * r.limit:.0f}") if roof else ()),
+            f"{r.extra_mb:.0f}",
+            ratio,
+        )
     return table

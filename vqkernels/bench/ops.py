@@ -1,28 +1,13 @@
-"""Timing of the operators against every alternative that is installed, correctness first.
-
-A row is an operator at a shape; its contenders are ours and the alternatives, each at its best setting. A contender is
-timed only after its answer passed the row's gate. Speed is also given as a share of the machine's measured limit: the
-fp32 multiply-add
-peak (a register-only loop at the SIMD level in use) for searches, copy bandwidth for memory-bound operators.
-"""
+"""The operators beside torch, faiss-cpu and vector-quantize-pytorch."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
-import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .info import machine
+from . import Row, time_call
 
 NEAREST = (
     (65536, 256, 32),
@@ -36,92 +21,13 @@ RESIDUAL = ((65536, 4, 256, 32),)
 ROTATION = ((262144, 256),)
 USAGE = ((4_194_304, 8192),)
 SUMS = ((262144, 1024, 64),)
-
-
-@dataclass
-class Result:
-    """One contender at one row. Times in milliseconds, memory in MB beyond the inputs, ``limit`` the fraction of the
-    roof."""
-
-    op: str
-    shape: str
-    backend: str
-    dtype: str
-    median_ms: float = float("nan")
-    p20_ms: float = float("nan")
-    p80_ms: float = float("nan")
-    gflops: float = float("nan")
-    gbps: float = float("nan")
-    limit: float = float("nan")
-    extra_mb: float = float("nan")
-    error: str = ""
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass
-class Row:
-    """``contenders``: {name: factory}; a factory prepares and returns the callable to time, or raises ImportError.
-    ``gate(output)`` returns what is wrong with an answer, or "". Flops and bytes are the minimum of the row."""
-
-    op: str
-    shape: str
-    contenders: dict[str, Callable[[], Callable]]
-    gate: Callable[[object], str]
-    flops: float = 0.0
-    bytes: float = 0.0
-    compute_bound: bool = field(default=True)
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a large tensor copy, counting the bytes read and written; best of several."""
-    source = torch.empty(64 << 20).normal_()
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * 4 / best * 1e-9
-
-
-def _status_kb(key: str) -> int:
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def peak_extra_mb(call: Callable) -> float:
-    """Peak resident memory during a call beyond what was resident before (Linux; NaN elsewhere)."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return float("nan")
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
-    before = _status_kb("VmRSS")
-    keep = call()
-    peak = _status_kb("VmHWM")
-    del keep
-    return max(0, peak - before) / 1024
-
-
-def time_call(call: Callable, seconds: float) -> list[float]:
-    """Milliseconds of repeated calls, for about ``seconds``, after one warm-up; at least 3."""
-    call()
-    times: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < deadline and len(times) < 1000):
-        start = time.perf_counter()
-        keep = call()
-        times.append((time.perf_counter() - start) * 1e3)
-        del keep
-    return sorted(times)
+FSQ = ((1_048_576, [8, 5, 5, 5]),)
 
 
 def _regret_gate(z: Tensor, codebook: Tensor, take: Callable) -> Callable:
     """float32 alternatives may differ on near ties: the chosen codeword may be worse than the best by float32
     rounding, no more."""
-    from .ops import nearest_codeword
+    from ..ops import nearest_codeword
 
     best = nearest_codeword(z, codebook)[1].double()
 
@@ -169,7 +75,7 @@ def _incumbent(c: Tensor) -> Callable:
 
 
 def nearest_rows(shapes=NEAREST) -> Iterator[Row]:
-    from .ops import nearest_codeword
+    from ..ops import nearest_codeword
 
     for N, K, D in shapes:
         z, c = torch.randn(N, D), torch.randn(K, D)
@@ -195,7 +101,7 @@ def nearest_rows(shapes=NEAREST) -> Iterator[Row]:
 
 
 def residual_rows(shapes=RESIDUAL) -> Iterator[Row]:
-    from .ops import residual_quantize
+    from ..ops import residual_quantize
 
     for N, Q, K, D in shapes:
         z = torch.randn(N, D)
@@ -256,8 +162,8 @@ def residual_rows(shapes=RESIDUAL) -> Iterator[Row]:
 
 
 def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
-    from .dispatch import pick
-    from .registry import ESTIMATORS
+    from ..dispatch import pick
+    from ..registry import ESTIMATORS
 
     def eager(z, q, g):
         nz, nq = z.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
@@ -293,12 +199,12 @@ def rotation_rows(shapes=ROTATION) -> Iterator[Row]:
             gate,
             flops=16.0 * N * D,
             bytes=16.0 * N * D,
-            compute_bound=False,
+            roof="copy",
         )
 
 
 def usage_rows(shapes=USAGE) -> Iterator[Row]:
-    from .dispatch import pick
+    from ..dispatch import pick
 
     op = pick("codebook_usage", torch.device("cpu"))
     for N, K in shapes:
@@ -314,12 +220,12 @@ def usage_rows(shapes=USAGE) -> Iterator[Row]:
             lambda output, want=want: "" if torch.equal(output, want) else "counts differ",
             flops=N,
             bytes=8.0 * (N + K),
-            compute_bound=False,
+            roof="copy",
         )
 
 
 def sums_rows(shapes=SUMS) -> Iterator[Row]:
-    from .ops import codeword_sums
+    from ..ops import codeword_sums
 
     for N, K, D in shapes:
         z, indices = torch.randn(N, D), torch.randint(0, K, (N,))
@@ -339,7 +245,49 @@ def sums_rows(shapes=SUMS) -> Iterator[Row]:
             lambda output, want=want: "" if torch.allclose(output.double(), want, atol=1e-2) else "sums differ",
             flops=N * D,
             bytes=4.0 * N * D + 8 * N + 4 * K * D,
-            compute_bound=False,
+            roof="copy",
+        )
+
+
+def fsq_rows(shapes=FSQ) -> Iterator[Row]:
+    from ..dispatch import pick
+
+    def eager(z, half, offset, shift, width, basis):
+        level = (half * (z + shift).tanh() - offset).round()
+        return level / width, ((level + width) * basis).sum(-1).to(torch.int32)
+
+    op = pick("fsq", torch.device("cpu"))
+    for N, levels in shapes:
+        from ..reference.fsq import bounds
+
+        z = torch.randn(N, len(levels)) * 2
+        constants = [torch.tensor(v, dtype=torch.float32) for v in zip(*bounds(levels), strict=True)]
+        constants.append(torch.tensor([1, *torch.tensor(levels).cumprod(0)[:-1].tolist()], dtype=torch.float32))
+        want = op(z, levels)[1]
+
+        def layer(levels=levels, z=z):
+            from vector_quantize_pytorch import FSQ as Incumbent
+
+            fsq = Incumbent(levels).eval()
+            return torch.no_grad()(lambda: fsq(z[None]))
+
+        def gate(output, want=want, N=N):
+            bad = int((output[1].reshape(-1) != want).sum())  # float32 tanh may fall on the other side of a threshold
+            return "" if bad <= 1e-5 * N else f"{bad} of {N} indices differ"
+
+        yield Row(
+            "fsq",
+            f"{N}x{levels}",
+            {
+                "vqkernels": lambda z=z, levels=levels: lambda: op(z, levels),
+                "torch eager formula": lambda z=z, c=constants: lambda: eager(z, *c),
+                "torch.compile of it": lambda z=z, c=constants: (lambda f: lambda: f(z, *c))(torch.compile(eager)),
+                "vector-quantize-pytorch": layer,
+            },
+            gate,
+            flops=2.0 * N * sum(levels),
+            bytes=8.0 * z.numel() + 4 * N,
+            roof="copy",
         )
 
 
@@ -349,53 +297,5 @@ ROWS = {
     "rotation_trick": rotation_rows,
     "codebook_usage": usage_rows,
     "codeword_sums": sums_rows,
+    "fsq": fsq_rows,
 }
-
-
-def conditions() -> dict:
-    """Machine, limits, versions and commit: what makes the numbers mean something."""
-    from .registry import AVAILABLE
-
-    built = AVAILABLE["nearest_codeword"]["cpu"] is True
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    versions = {}
-    for package in ("faiss-cpu", "vector-quantize-pytorch", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        **machine(),
-        "peak_gflops": round(torch.ops.vqkernels.fma_peak_gflops(), 1) if built else float("nan"),
-        "copy_gbps": round(copy_bandwidth(), 1),
-        "commit": commit.stdout.strip() or "unknown",
-        **versions,
-    }
-
-
-def measure(row: Row, limits: dict, seconds: float) -> Iterator[Result]:
-    """Gate, then memory, then time, for each contender of a row."""
-    for name, factory in row.contenders.items():
-        result = Result(row.op, row.shape, name, "float32")
-        try:
-            call = factory()
-            result.error = row.gate(call())
-            if not result.error:
-                result.extra_mb = peak_extra_mb(call)
-                times = time_call(call, seconds)
-                result.median_ms = statistics.median(times)
-                result.p20_ms, result.p80_ms = times[len(times) // 5], times[len(times) * 4 // 5]
-                result.gflops = row.flops / result.median_ms * 1e-6
-                result.gbps = row.bytes / result.median_ms * 1e-6
-                roof = result.gflops / limits["peak_gflops"] if row.compute_bound else result.gbps / limits["copy_gbps"]
-                result.limit = roof
-        except ImportError as error:
-            result.error = f"not installed ({error.name})"
-        except (RuntimeError, MemoryError) as error:
-            result.error = f"{type(error).__name__}: {error}"[:200]
-        yield result

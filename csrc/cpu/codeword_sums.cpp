@@ -94,8 +94,9 @@ void make_pieces(Job& job, int64_t share) {
 
 }  // namespace
 
-void codeword_sums(const CodewordSumsParams& p, const Parallel& parallel) {
+void codeword_sums(const CodewordSumsParams& p, const Parallel& caller) {
   *p.bad = -1;
+  const Parallel parallel = threads_for(static_cast<double>(p.N) * (p.D + 8), caller);
   const int64_t N = p.N, K = p.K;
   const int64_t chunks = std::clamp<int64_t>(N / std::max<int64_t>(4096, K), 1, parallel.threads);
   Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}, simd_level() >= Simd::avx2};

@@ -205,8 +205,9 @@ void scan_few_rows(const NearestCodewordParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void nearest_codeword(const NearestCodewordParams& p, const Parallel& parallel) {
+void nearest_codeword(const NearestCodewordParams& p, const Parallel& caller) {
   if (p.H == 0 || p.N == 0) return;
+  const Parallel parallel = threads_for(static_cast<double>(p.H) * p.N * p.K * p.D, caller);
   if (p.N <= kScanRows) {
     StandardArithmetic arithmetic;
     return scan_few_rows(p, parallel);

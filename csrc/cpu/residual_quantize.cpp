@@ -192,7 +192,10 @@ void run(const ResidualQuantizeParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void residual_quantize(const ResidualQuantizeParams& p, const Parallel& parallel) {
+void residual_quantize(const ResidualQuantizeParams& p, const Parallel& caller) {
+  double work = 0;
+  for (int64_t level = 0; level < p.Q; ++level) work += static_cast<double>(p.H) * p.N * p.K[level] * p.D;
+  const Parallel parallel = threads_for(work, caller);
   if (p.dtype == DType::f64) run<double>(p, parallel);
   else run<float>(p, parallel);
 }

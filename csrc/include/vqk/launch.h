@@ -12,6 +12,16 @@ struct Parallel {
   int threads;  // upper bound on concurrently running bodies; used only to size scratch
 };
 
+// The caller's threads for a job of that many multiply-adds (or as slow things), the calling thread alone for a small
+// one: waking the others takes some 5 microseconds, and as long as a time slice where other processes keep them busy.
+inline Parallel threads_for(double operations, const Parallel& parallel) {
+  if (operations >= 0x1p19) return parallel;
+  auto here = [](int64_t tasks, void (*body)(void*, int64_t), void* ctx) {
+    for (int64_t task = 0; task < tasks; ++task) body(ctx, task);
+  };
+  return {here, 1};
+}
+
 namespace cpu {
 void nearest_codeword(const NearestCodewordParams&, const Parallel&);
 void residual_quantize(const ResidualQuantizeParams&, const Parallel&);

@@ -62,6 +62,19 @@ class Layout:
         return mask
 
 
+def features_last(owner: str, x: Tensor, dim: int, channel_first: bool) -> Tensor:
+    """``[B, dim, ...]`` or ``[..., dim]`` -> tokens ``[..., dim]``, checked; any number of dimensions."""
+    if x.dim() < 2 or x.shape[1 if channel_first else -1] != dim:
+        expected = f"[B, {dim}, ...]" if channel_first else f"[..., {dim}]"
+        raise ValueError(f"{owner}: x is {tuple(x.shape)}; expected {expected}")
+    return x.movedim(1, -1) if channel_first else x
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Quantizers compute in float32, or in float64 for float64 inputs."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook ``[K, D]``, indices of any shape -> codewords ``[..., D]``; a negative index gives a zero vector."""
     codes = torch.nn.functional.embedding(indices.clamp(min=0), codebook)

@@ -23,7 +23,7 @@ _OPS = {
 }
 _SOURCES = {name: f".ops.{module}" for name, module in _OPS.items()}
 _SOURCES |= dict.fromkeys(("backends", "use_backend"), ".dispatch")
-_SOURCES |= dict.fromkeys(("VectorQuantize", "ResidualVQ"), ".layers")
+_SOURCES |= dict.fromkeys(("VectorQuantize", "ResidualVQ", "Sequential"), ".layers")
 _SUBMODULES = ("compat", "data", "layers", "models", "numpy", "recommend", "semantic_ids")
 
 __all__ = [*_SOURCES, "__version__"]

@@ -67,6 +67,7 @@ void largest_magnitude(const void* rows, int64_t n, int64_t D, double* largest, 
 const SearchKernel& search_kernel() {
 #if defined(__x86_64__)
   switch (simd_level()) {
+    case Simd::vnni: return vnni_kernel;
     case Simd::avx512: return avx512_kernel;
     case Simd::avx2: return avx2_kernel;
     default: break;

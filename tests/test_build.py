@@ -170,7 +170,10 @@ def test_every_package_is_installed():
     ],
 )
 def test_bad_simd_level_is_an_error_in_every_kernel(value, message):
-    if value == "avx512" and importlib.import_module("vqkernels.numpy").build_info()["simd_detected"] in ("avx512", "vnni"):
+    if value == "avx512" and importlib.import_module("vqkernels.numpy").build_info()["simd_detected"] in (
+        "avx512",
+        "vnni",
+    ):
         pytest.skip("this CPU runs AVX-512, so asking for it is no error")
     code = (
         "import torch, vqkernels as vq\n"

@@ -42,6 +42,10 @@ MUTATIONS = {
         CANONICAL, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
     "kernel: no error bound": (
         SEARCH, r"static_cast<float>\(2 \* eps\) : 0\.0f", "0.0f : 0.0f", KERNEL),
+    "kernel: integers lose their error bound": (
+        "csrc/include/vqk/error_bound.h", r"const double lost = z_error \* c_norm \+", "const double lost = 0 * z_error + 0 *", KERNEL),
+    "kernel: integers lose the last feature": (
+        "csrc/cpu/nearest_codeword_integer.h", r"d < D && norm > 0 \? static", "d < D - 1 && norm > 0 ? static", KERNEL),
     "kernel: last panel is skipped": (
         SEARCH, r"const int64_t last = first \+ block < cb\.panels_count \? first \+ block : cb\.panels_count;",
         "const int64_t last = first + block < cb.panels_count ? first + block : cb.panels_count - (cb.panels_count > 1);", OPS),

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def everywhere(name, *args):
     """The kernel's outputs at every SIMD level with 1 and 2 threads."""
     simd_level, threads = _ops.ops.simd_level, torch.get_num_threads()
-    best = simd_level(3)
+    best = simd_level(4)
     try:
         for level in range(best + 1):
             for count in (1, 2):
@@ -24,7 +24,7 @@ def everywhere(name, *args):
                 out = SPECS[name].op.default(*args)
                 yield (level, count), out if isinstance(out, tuple) else (out,)
     finally:
-        simd_level(3)
+        simd_level(4)
         torch.set_num_threads(threads)
 
 

@@ -12,7 +12,7 @@ import torch
 from . import __version__, _ops
 from .registry import AVAILABLE
 
-SIMD = ("portable", "avx2", "avx512")
+SIMD = ("portable", "avx2", "avx512", "vnni")
 
 
 def processor() -> str:

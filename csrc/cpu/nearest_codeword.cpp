@@ -33,6 +33,10 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
+// Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
+// they save, and the codebook must be worth packing twice.
+bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
+
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
 double codebook_scale(double largest) {
   if ((largest >= 0x1p-40 && largest <= 0x1p40) || !(largest > 0)) return 1;
@@ -63,6 +67,7 @@ void largest_magnitude(const void* rows, int64_t n, int64_t D, double* largest, 
 const SearchKernel& search_kernel() {
 #if defined(__x86_64__)
   switch (simd_level()) {
+    case Simd::vnni: return vnni_kernel;
     case Simd::avx512: return avx512_kernel;
     case Simd::avx2: return avx2_kernel;
     default: break;
@@ -72,12 +77,13 @@ const SearchKernel& search_kernel() {
 }
 
 PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<Source>& sources, int64_t D,
-                                 DType dtype, Metric metric, bool certified, const Parallel& parallel)
-    : codebooks_(sources.size()) {
+                                 DType dtype, Metric metric, bool certified, int64_t rows, const Parallel& parallel)
+    : codebooks_(sources.size()), integers_fail_(new bool[sources.size()]()) {
   struct Task {
     size_t codebook;
     int64_t first, last;  // codewords
     double largest = 0;
+    Lengths lengths{};
     int64_t finite = 0;
   };
   std::vector<Task> tasks;
@@ -98,6 +104,11 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     cb.rows = normalizes ? allocate(cb.K * D * size) : cb.codewords;
     cb.panels = static_cast<float*>(allocate(cb.panels_count * width * D * 4));
     cb.half_norms = static_cast<float*>(allocate(cb.panels_count * width * 4));
+    if (kernel.integers && use_integers(cb.K, D, rows)) {
+      cb.panels16 = static_cast<int16_t*>(allocate(cb.panels_count * width * (D + 1) / 2 * 4));
+      cb.code_scales = static_cast<float*>(allocate(cb.panels_count * width * 4));
+      cb.integers_fail = &integers_fail_[i];
+    }
     for (int64_t first = 0; first < cb.K; first += kChunk) tasks.push_back({i, first, std::min(first + kChunk, cb.K)});
   }
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
@@ -121,12 +132,13 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
     Task& task = tasks[t];
     const Codebook& cb = codebooks_[task.codebook];
-    task.largest = kernel.pack(cb, task.first / width, ceil_div(task.last, width), const_cast<float*>(cb.panels),
-                               const_cast<float*>(cb.half_norms));
+    task.lengths = kernel.pack(cb, task.first / width, ceil_div(task.last, width));
   });
-  for (const Task& task : tasks)
-    codebooks_[task.codebook].norm = std::max(codebooks_[task.codebook].norm, task.largest);
-  for (Codebook& cb : codebooks_) cb.norm = std::sqrt(cb.norm);
+  for (const Task& task : tasks) {
+    Codebook& cb = codebooks_[task.codebook];
+    cb.norm = std::max(cb.norm, task.lengths.row);
+    cb.integer_error = std::max(cb.integer_error, task.lengths.lost);
+  }
 }
 
 namespace {
@@ -216,7 +228,7 @@ void nearest_codeword(const NearestCodewordParams& p, const Parallel& caller) {
   std::vector<PackedCodebooks::Source> sources;
   for (int64_t h = 0; h < p.H; ++h)
     sources.push_back({static_cast<const char*>(p.codebook) + h * p.K * p.D * dtype_size(p.dtype), p.K});
-  const PackedCodebooks codebooks(kernel, sources, p.D, p.dtype, p.metric, p.certified, parallel);
+  const PackedCodebooks codebooks(kernel, sources, p.D, p.dtype, p.metric, p.certified, p.N, parallel);
 
   const int64_t block = rows_per_task(p.H * p.N), blocks = ceil_div(p.N, block);
   const size_t search_bytes = (kernel.scratch_bytes(static_cast<int>(block), p.D) + 63) / 64 * 64;

@@ -25,21 +25,30 @@ struct Codebook {
   const void* rows;         // [K,D] values that are compared: codewords, l2-normalised for cosine
   const float* panels;      // [panels][D][width]: -scale * rows, a panel holding `width` codewords side by side
   const float* half_norms;  // [panels][width]: |scale * row|^2 / 2 (l2) or 0; +inf keeps a codeword out
+  const int16_t* panels16;  // [panels][ceil(D/2)][width][2]: rows as integers, or null
+  const float* code_scales; // [panels][width]: row = code_scale * integers, nearly
+  bool* integers_fail;        // set when they leave too many candidates
   int64_t K, D, panels_count;
   int64_t finite;           // codewords that can win
   double scale, norm;       // a power of two; the largest |scale * row|
+  double integer_error;     // the largest |scale * row - code_scale * integers|
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
+};
+
+struct Lengths {
+  double row, lost;  // the largest |scale * row|; what its integers lack
 };
 
 // One SIMD level's functions; see nearest_codeword_kernel.h.
 struct SearchKernel {
   int lanes, tile_rows;  // floats in a vector; rows of z in a register tile
+  bool integers;         // has the integer coarse pass
   // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
   void (*convert)(const void* from, DType dtype, int64_t count, void* to);
   void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);
-  // Panels [first, last) of cb into panels and half_norms; returns the largest squared norm.
-  double (*pack)(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms);
+  // Fills panels [first, last) of cb.
+  Lengths (*pack)(const Codebook& cb, int64_t first, int64_t last);
   // For rows[0..n): index[i] = the nearest codeword, or -1 where the row is not finite or skip[i]
   // (skip may be null); value[i] = its canonical cost: the squared distance, or minus the dot product.
   void (*search)(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
@@ -52,7 +61,7 @@ struct SearchKernel {
 
 extern const SearchKernel portable_kernel;
 #if defined(__x86_64__)
-extern const SearchKernel avx2_kernel, avx512_kernel;
+extern const SearchKernel avx2_kernel, avx512_kernel, vnni_kernel;
 #endif
 const SearchKernel& search_kernel();  // of simd_level()
 
@@ -150,13 +159,15 @@ class PackedCodebooks {
     const void* data;  // [K,D] dtype
     int64_t K;
   };
+  // `rows`: about how many will be searched for.
   PackedCodebooks(const SearchKernel&, const std::vector<Source>&, int64_t D, DType, Metric, bool certified,
-                  const Parallel&);
+                  int64_t rows, const Parallel&);
   const Codebook& operator[](size_t i) const { return codebooks_[i]; }
 
  private:
   std::vector<Codebook> codebooks_;
   std::vector<Memory> memory_;
+  std::unique_ptr<bool[]> integers_fail_;
 };
 
 }  // namespace vqk::cpu

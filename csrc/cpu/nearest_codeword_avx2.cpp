@@ -22,12 +22,18 @@
 #define VQK_MIN(a, b) _mm256_min_ps(a, b)
 #define VQK_NONZERO(x) static_cast<unsigned>(_mm256_movemask_ps((__m256)((x) != 0)))
 
+#define VQK_INTEGER
+#define VQK_PAIR(p) ((IntVec)_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const FloatAtAny*>(p))))
+#define VQK_MADD(x, c, sum) ((sum) + (IntVec)_mm256_madd_epi16((__m256i)(x), (__m256i)(c)))
+#define VQK_TO_FLOAT(x) _mm256_cvtepi32_ps((__m256i)(x))
+
 namespace vqk::cpu {
 namespace {
+typedef float FloatAtAny __attribute__((aligned(2), may_alias));
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel avx2_kernel = {kLanes, kTileRows, convert, normalize, pack, search, scan, scratch_bytes};
+extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, convert, normalize, pack, search, scan, scratch_bytes};
 }  // namespace vqk::cpu
 
 #pragma GCC pop_options

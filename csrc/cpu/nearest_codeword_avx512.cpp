@@ -4,6 +4,9 @@
 //   per d and tile   24 vfmadd231ps     2 per cycle (p0, p5; Zen 4: 1)      12 cycles
 //                     2 + 12 loads      2 per cycle                          7 cycles
 //
+// With VQK_VNNI (nearest_codeword_vnni.cpp) the coarse pass may be in integers: 24 vpdpwssd take two features where 24
+// vfmadd231ps take one. Without VNNI it takes a vpmaddwd and a vpaddd on the same two ports: no gain, so fp32 stays.
+//
 // VQK_EMULATE_AVX512 compiles the same logic as 64-byte vectors that the compiler lowers to AVX2: the
 // tests run it on machines without AVX-512.
 #include "nearest_codeword.h"
@@ -26,15 +29,50 @@
 #define VQK_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define VQK_NONZERO(x) nonzero(x)
 #else
+#ifdef VQK_VNNI
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma")
+#else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#endif
 #define VQK_SPLAT(x) _mm512_set1_ps(x)
 #define VQK_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define VQK_MIN(a, b) _mm512_min_ps(a, b)
 #define VQK_NONZERO(x) static_cast<unsigned>(_mm512_test_epi32_mask((__m512i)(x), (__m512i)(x)))
 #endif
 
+#ifdef VQK_VNNI
+#define VQK_INTEGER
+#if defined(VQK_EMULATE_AVX512)
+#define VQK_PAIR(p) (IntVec{} + load_pair(p))
+#define VQK_MADD(x, c, sum) ((sum) + (IntVec)(low16(x) * low16(c)) + (IntVec)(high16(x) * high16(c)))
+#define VQK_TO_FLOAT(x) __builtin_convertvector((SignedVec)(x), Vec)
+#else
+#define VQK_PAIR(p) ((IntVec)_mm512_set1_epi32(static_cast<int>(load_pair(p))))
+#define VQK_MADD(x, c, sum) ((IntVec)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(c)))
+#define VQK_TO_FLOAT(x) _mm512_cvtepi32_ps((__m512i)(x))
+#endif
+#endif
+
 namespace vqk::cpu {
 namespace {
+#ifdef VQK_VNNI
+inline uint32_t load_pair(const int16_t* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, 4);
+  return pair;
+}
+#if defined(VQK_EMULATE_AVX512)
+typedef int32_t SignedVec __attribute__((vector_size(64)));
+template <class Bits>
+inline SignedVec low16(const Bits& x) {
+  return (SignedVec)(x << 16) >> 16;
+}
+template <class Bits>
+inline SignedVec high16(const Bits& x) {
+  return (SignedVec)x >> 16;
+}
+#endif
+#endif
 #if defined(VQK_EMULATE_AVX512)
 template <class Mask>
 inline unsigned nonzero(const Mask& m) {
@@ -46,7 +84,11 @@ inline unsigned nonzero(const Mask& m) {
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, convert, normalize, pack, search, scan, scratch_bytes};
+#ifdef VQK_VNNI
+extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, convert, normalize, pack, search, scan, scratch_bytes};
+#else
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, convert, normalize, pack, search, scan, scratch_bytes};
+#endif
 }  // namespace vqk::cpu
 
 #pragma GCC pop_options

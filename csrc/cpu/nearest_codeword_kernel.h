@@ -75,6 +75,10 @@ VQK_INLINE void score_panel(const float* z, int64_t stride, const float* panel, 
   }
 }
 
+#ifdef VQK_INTEGER
+#include "nearest_codeword_integer.h"
+#endif
+
 struct Row {
   float best, limit;  // lowest score seen; best + 2 eps, or -inf: take no more candidates
   float slack;        // 2 eps
@@ -133,11 +137,33 @@ VQK_INLINE void filter(Row& row, const float* minima, int64_t groups, uint32_t l
   }
 }
 
-// Fills the rows' candidates. z: [max(n, kTileRows), D] scaled rows.
-static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, float* minima) {
+// Rows of a task as the coarse pass takes them: [max(n, kTileRows), D] scaled floats, or integers and scales.
+struct CoarseRows {
+  const float* z;
+  const int16_t* integers;
+  const float* scale;
+};
+
+// lo, hi = scores of the rows of a tile from `start` against panel p.
+template <bool Integer>
+VQK_INLINE void score_tile(const Codebook& cb, const CoarseRows& z, int64_t start, int64_t p, Vec* lo, Vec* hi) {
+#ifdef VQK_INTEGER
+  if constexpr (Integer) {
+    const int64_t pairs = (cb.D + 1) / 2;
+    score_panel_integer(z.integers + start * 2 * pairs, pairs, z.scale + start, cb.panels16 + p * pairs * 2 * kWidth,
+                        cb.code_scales + p * kWidth, cb.half_norms + p * kWidth, lo, hi);
+    return;
+  }
+#endif
+  score_panel(z.z + start * cb.D, cb.D, cb.panels + p * cb.D * kWidth, cb.half_norms + p * kWidth, cb.D, lo, hi);
+}
+
+// Fills the rows' candidates.
+template <bool Integer>
+static void coarse_pass(const Codebook& cb, const CoarseRows& z, Row* rows, int n, float* minima) {
   const int64_t D = cb.D, panels_per_group = cb.group > 2 ? cb.group / 2 : 1;
   const int64_t groups_per_panel = cb.group == 1 ? 2 : 1;
-  int64_t block = kBlockBytes / (D * kWidth * 4);
+  int64_t block = kBlockBytes / (D * kWidth * (Integer ? 2 : 4));
   const int64_t most = kBlockVectors * panels_per_group / groups_per_panel;  // what the minima have room for
   if (block > most) block = most;
   block = block / panels_per_group * panels_per_group;
@@ -151,7 +177,7 @@ static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, fl
       float* out = minima;
       for (int64_t p = first, in_group = 0; p < last; ++p) {
         Vec lo[kTileRows], hi[kTileRows];
-        score_panel(z + start * D, D, cb.panels + p * D * kWidth, cb.half_norms + p * kWidth, D, lo, hi);
+        score_tile<Integer>(cb, z, start, p, lo, hi);
         if (groups_per_panel == 2) {
 #pragma GCC unroll 16
           for (int r = 0; r < kTileRows; ++r) store(out + r * kLanes, lo[r]), store(out + kStep + r * kLanes, hi[r]);
@@ -179,13 +205,32 @@ static void coarse_pass(const Codebook& cb, const float* z, Row* rows, int n, fl
 // in the same order, say which. Bit v: the panel's vector v has a score <= limit in this lane.
 constexpr int kNarrowGroup = 8;
 
-VQK_INLINE unsigned lanes_within(const Codebook& cb, const float* z, int64_t panel, int lane, float limit) {
-  const float* c = cb.panels + panel * cb.D * kWidth;
+template <bool Integer>
+VQK_INLINE unsigned lanes_within(const Codebook& cb, const CoarseRows& z, int64_t i, int64_t panel, int lane,
+                                 float limit) {
   Vec lo = load(cb.half_norms + panel * kWidth), hi = load(cb.half_norms + panel * kWidth + kLanes);
-  for (int64_t d = 0; d < cb.D; ++d, c += kWidth) {
-    const Vec x = VQK_SPLAT(z[d]);
-    lo = VQK_FMA(x, load(c), lo);
-    hi = VQK_FMA(x, load(c + kLanes), hi);
+#ifdef VQK_INTEGER
+  if constexpr (Integer) {
+    const int64_t pairs = (cb.D + 1) / 2;
+    const int16_t *c = cb.panels16 + panel * pairs * 2 * kWidth, *row = z.integers + i * 2 * pairs;
+    IntVec sum0 = {}, sum1 = {};
+    for (int64_t d = 0; d < pairs; ++d, c += 2 * kWidth) {
+      const IntVec x = VQK_PAIR(row + 2 * d);
+      sum0 = VQK_MADD(x, *reinterpret_cast<const IntVecAtAny*>(c), sum0);
+      sum1 = VQK_MADD(x, *reinterpret_cast<const IntVecAtAny*>(c + 2 * kLanes), sum1);
+    }
+    const Vec minus = VQK_SPLAT(-z.scale[i]);
+    lo = VQK_FMA(minus, VQK_TO_FLOAT(sum0) * load(cb.code_scales + panel * kWidth), lo);
+    hi = VQK_FMA(minus, VQK_TO_FLOAT(sum1) * load(cb.code_scales + panel * kWidth + kLanes), hi);
+  }
+#endif
+  if constexpr (!Integer) {
+    const float *c = cb.panels + panel * cb.D * kWidth, *row = z.z + i * cb.D;
+    for (int64_t d = 0; d < cb.D; ++d, c += kWidth) {
+      const Vec x = VQK_SPLAT(row[d]);
+      lo = VQK_FMA(x, load(c), lo);
+      hi = VQK_FMA(x, load(c + kLanes), hi);
+    }
   }
   const unsigned below_lo = VQK_NONZERO(lo <= VQK_SPLAT(limit)), below_hi = VQK_NONZERO(hi <= VQK_SPLAT(limit));
   return (below_lo >> lane & 1) | (below_hi >> lane & 1) << 1;
@@ -212,23 +257,39 @@ VQK_INLINE double sum_of_squares(const T* x, int64_t D) {
 struct Scratch {
   float* minima;
   Row* rows;
-  double* scale;
-  float* z;
+  double* scale;      // [kMaxRows] power of two that a row is multiplied by
+  float* integer_scale;
+  int64_t* again;     // [kMaxRows] rows that the integer pass leaves to the fp32 pass, then what that finds
+  int64_t* index;
+  double* value;
+  float* z;           // [n][D]
+  int16_t* integers;  // [n][D + 1]
+  char* gathered;     // [n][D] values of the rows `again`
+  char* end;
 };
 
-static Scratch carve(char* memory) {
+static Scratch carve(char* memory, int n, int64_t D) {
   Scratch s;
-  s.minima = reinterpret_cast<float*>(memory);
-  s.rows = reinterpret_cast<Row*>(memory + kBlockVectors * kTileRows * kLanes * 4);
-  s.scale = reinterpret_cast<double*>(s.rows + kMaxRows);
-  s.z = reinterpret_cast<float*>(s.scale + kMaxRows);
+  auto take = [&](auto*& pointer, size_t count) {
+    pointer = reinterpret_cast<__typeof__(pointer)>(memory);
+    memory += (count * sizeof(*pointer) + 63) / 64 * 64;
+  };
+  const size_t rows = n < kTileRows ? kTileRows : n;
+  take(s.minima, kBlockVectors * kTileRows * kLanes);
+  take(s.rows, kMaxRows);
+  take(s.scale, kMaxRows);
+  take(s.integer_scale, kMaxRows);
+  take(s.again, kMaxRows);
+  take(s.index, kMaxRows);
+  take(s.value, kMaxRows);
+  take(s.z, rows * D);
+  take(s.integers, rows * (D + 1));
+  take(s.gathered, n * D * sizeof(double));
+  s.end = memory;
   return s;
 }
 
-static size_t scratch_bytes(int n, int64_t D) {
-  const size_t fixed = carve(nullptr).z - static_cast<float*>(nullptr);
-  return 4 * (fixed + static_cast<size_t>(n < kTileRows ? kTileRows : n) * D);
-}
+static size_t scratch_bytes(int n, int64_t D) { return carve(nullptr, n, D).end - static_cast<char*>(nullptr); }
 
 // 2^-exponent(x), kept in the range of normal floats; 1 for ordinary x, so that most data is used in place.
 static double power_of_two_scale(double x) {
@@ -238,14 +299,14 @@ static double power_of_two_scale(double x) {
   return __builtin_scalbn(1.0, -exponent);
 }
 
-template <class T, bool L2>
-static void search_with(const Codebook& cb, const void* rows, const bool* skip, int n, char* memory, int64_t* index,
-                        double* value) {
-  const Scratch s = carve(memory);
-  const T* z = static_cast<const T*>(rows);
-  const int64_t D = cb.D;
+// The rows' nearest codewords; with integers, the number of rows in s.again for which they were not enough.
+template <class T, bool L2, bool Integer>
+static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, const Scratch& s, int64_t* index,
+                       double* value) {
+  const int64_t D = cb.D, pairs = (D + 1) / 2;
   constexpr bool kDouble = sizeof(T) == 8;
-  bool in_place = !kDouble && n >= kTileRows;
+  bool in_place = !kDouble && (Integer || n >= kTileRows);
+  double norms[kMaxRows];
   for (int i = 0; i < n; ++i) {
     Row& row = s.rows[i];
     index[i] = -1;
@@ -254,6 +315,7 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
     row.slack = 0;
     row.count = kNone;
     s.scale[i] = cb.scale;
+    norms[i] = 0;
     in_place &= s.scale[i] == 1;
     if ((skip && skip[i]) || !cb.finite) continue;
     const double squares = sum_of_squares(z + i * D, D);
@@ -263,11 +325,9 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
       s.scale[i] = power_of_two_scale(norm);
       in_place &= s.scale[i] == 1;
     }
-    const double underflow = kDouble ? 0x1p-1074 * s.scale[i] * cb.scale : 0.0;
-    double eps = score_error_bound(D, norm * s.scale[i], cb.norm, L2, underflow);
-    if (kDouble && !(norm + cb.norm / cb.scale < 0x1p500)) eps = __builtin_inf();  // canonical sums might overflow
-    row.count = eps < 0x1p120 ? 0 : kEveryCodeword;
-    row.slack = cb.certified ? static_cast<float>(2 * eps) : 0.0f;
+    norms[i] = norm * s.scale[i];
+    const bool overflows = kDouble && !(norm + cb.norm / cb.scale < 0x1p500);  // canonical sums might
+    row.count = overflows ? kEveryCodeword : 0;
   }
   if (!in_place) {
     for (int i = 0; i < n; ++i) {
@@ -276,12 +336,41 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
     }
     for (int64_t j = n * D; j < kTileRows * D; ++j) s.z[j] = 0;
   }
-  if (cb.finite) coarse_pass(cb, in_place ? static_cast<const float*>(rows) : s.z, s.rows, n, s.minima);
+  CoarseRows rows = {s.z, s.integers, s.integer_scale};
+  if constexpr (!kDouble)
+    if (in_place) rows.z = z;
+  for (int i = 0; i < n; ++i) {
+    Row& row = s.rows[i];
+    const double underflow = kDouble ? 0x1p-1074 * s.scale[i] * cb.scale : 0.0;
+    double eps = 0;
+#ifdef VQK_INTEGER
+    if constexpr (Integer) {
+      double error = 0;
+      const bool usable = row.count == 0 && norms[i] < 0x1p120;
+      s.integer_scale[i] = row_to_integers(rows.z + i * D, usable ? norms[i] : 0.0, D, pairs, s.integers + 2 * pairs * i,
+                                           &error);
+      eps = integer_error_bound(D, norms[i], error, cb.norm, cb.integer_error, L2, underflow);
+    }
+#endif
+    if constexpr (!Integer) eps = score_error_bound(D, norms[i], cb.norm, L2, underflow);
+    if (row.count == 0 && !(eps < 0x1p120)) row.count = kEveryCodeword;
+    row.slack = cb.certified ? static_cast<float>(2 * eps) : 0.0f;
+  }
+  if constexpr (Integer)
+    for (int i = n; i < kTileRows; ++i) {
+      s.integer_scale[i] = 0;
+      for (int64_t d = 0; d < 2 * pairs; ++d) s.integers[2 * pairs * i + d] = 0;
+    }
+  if (cb.finite) coarse_pass<Integer>(cb, rows, s.rows, n, s.minima);
 
   Decision<T, L2> decision{z, static_cast<const T*>(cb.rows), D, index, value};
-  const float* scaled = in_place ? static_cast<const float*>(rows) : s.z;
+  int again = 0;
   for (int i = 0; i < n; ++i) {
     const Row& row = s.rows[i];
+    if (Integer && row.count == kEveryCodeword) {
+      s.again[again++] = i;
+      continue;
+    }
     if (row.count == kEveryCodeword)
       for (int64_t k = 0; k < cb.K; ++k) decision.add(i, k);
     for (int j = 0; j < row.count; ++j) {
@@ -293,11 +382,33 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
         for (int64_t v = first; v < last && v * kLanes + lane < cb.K; ++v) decision.add(i, v * kLanes + lane);
       else
         for (int64_t v = first; v < last && v * kLanes + lane < cb.K; v += 2)
-          for (unsigned found = lanes_within(cb, scaled + i * D, v / 2, lane, row.limit); found; found &= found - 1)
+          for (unsigned found = lanes_within<Integer>(cb, rows, i, v / 2, lane, row.limit); found; found &= found - 1)
             decision.add(i, (v + __builtin_ctz(found)) * kLanes + lane);
     }
   }
   decision.finish();
+  return again;
+}
+
+template <class T, bool L2>
+static void search_with(const Codebook& cb, const void* rows, const bool* skip, int n, char* memory, int64_t* index,
+                        double* value) {
+  const Scratch s = carve(memory, n, cb.D);
+  const T* z = static_cast<const T*>(rows);
+#ifdef VQK_INTEGER
+  if (cb.panels16 && !__atomic_load_n(cb.integers_fail, __ATOMIC_RELAXED)) {
+    const int again = search_rows<T, L2, true>(cb, z, skip, n, s, index, value);
+    if (!again) return;
+    // Data whose spread is small beside its distance from the origin: integers tell little, stop asking them.
+    if (again > n / 2) __atomic_store_n(cb.integers_fail, true, __ATOMIC_RELAXED);
+    T* gathered = reinterpret_cast<T*>(s.gathered);
+    for (int j = 0; j < again; ++j) __builtin_memcpy(gathered + j * cb.D, z + s.again[j] * cb.D, cb.D * sizeof(T));
+    search_rows<T, L2, false>(cb, gathered, nullptr, again, s, s.index, s.value);
+    for (int j = 0; j < again; ++j) index[s.again[j]] = s.index[j], value[s.again[j]] = s.value[j];
+    return;
+  }
+#endif
+  search_rows<T, L2, false>(cb, z, skip, n, s, index, value);
 }
 
 static void search(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
@@ -310,10 +421,11 @@ static void search(const Codebook& cb, const void* rows, const bool* skip, int n
 // ---------------------------------------------------------------- preparation
 
 template <class T>
-static double pack_with(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms) {
+static Lengths pack_with(const Codebook& cb, int64_t first, int64_t last) {
   const int64_t D = cb.D;
+  float *panels = const_cast<float*>(cb.panels), *half_norms = const_cast<float*>(cb.half_norms);
   const T scale = static_cast<T>(cb.scale);
-  double largest = 0;
+  double largest = 0, lost = 0;
   for (int64_t p = first; p < last; ++p) {
     float* panel = panels + p * D * kWidth;
     for (int j = 0; j < kWidth; ++j) {
@@ -326,13 +438,19 @@ static double pack_with(const Codebook& cb, int64_t first, int64_t last, float* 
         panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
       half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
       if (squares > largest) largest = squares;
+#ifdef VQK_INTEGER
+      if (!cb.panels16) continue;
+      const double error = code_to_integers<T>(cb, k, __builtin_sqrt(squares), const_cast<int16_t*>(cb.panels16),
+                                               const_cast<float*>(cb.code_scales));
+      if (error > lost) lost = error;
+#endif
     }
   }
-  return largest;
+  return {__builtin_sqrt(largest), lost};
 }
 
-static double pack(const Codebook& cb, int64_t first, int64_t last, float* panels, float* half_norms) {
-  return (cb.is_double ? pack_with<double> : pack_with<float>)(cb, first, last, panels, half_norms);
+static Lengths pack(const Codebook& cb, int64_t first, int64_t last) {
+  return (cb.is_double ? pack_with<double> : pack_with<float>)(cb, first, last);
 }
 
 static float float_from_bits(uint32_t bits) {

@@ -27,7 +27,8 @@ Simd detect() {
   if (!all(low, {1, 2})) return Simd::portable;                                         // the system saves xmm, ymm
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !all(b, {5})) return Simd::portable;  // avx2
   bool zmm = all(low, {5, 6, 7});                                                       // k, zmm0-15, zmm16-31
-  return zmm && all(b, {16, 17, 30, 31}) ? Simd::avx512 : Simd::avx2;                   // avx512 f, dq, bw, vl
+  if (!zmm || !all(b, {16, 17, 30, 31})) return Simd::avx2;                             // avx512 f, dq, bw, vl
+  return all(c, {11}) ? Simd::vnni : Simd::avx512;
 #else
   return Simd::portable;
 #endif
@@ -40,12 +41,12 @@ std::string environment_error;
 std::string take(const std::string& name) {
   const Simd best = simd_detected();
   if (name == "auto") return current = static_cast<int>(best), "";
-  for (Simd level : {Simd::portable, Simd::avx2, Simd::avx512}) {
+  for (Simd level : {Simd::portable, Simd::avx2, Simd::avx512, Simd::vnni}) {
     if (name != simd_name(level)) continue;
     if (level > best) return "SIMD level " + name + " was asked for, but this CPU runs at most " + simd_name(best);
     return current = static_cast<int>(level), "";
   }
-  return "unknown SIMD level '" + name + "'; allowed: portable, avx2, avx512, auto";
+  return "unknown SIMD level '" + name + "'; allowed: portable, avx2, avx512, vnni, auto";
 }
 
 // Reads VQK_SIMD, once.
@@ -62,6 +63,7 @@ void init() {
 
 const char* simd_name(Simd level) {
   switch (level) {
+    case Simd::vnni: return "vnni";
     case Simd::avx512: return "avx512";
     case Simd::avx2: return "avx2";
     default: return "portable";

@@ -60,10 +60,11 @@ std::vector<Simd> levels() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(Simd::avx2);
 #if defined(VQK_EMULATE_AVX512)
-    found.push_back(Simd::avx512);
+    found.insert(found.end(), {Simd::avx512, Simd::vnni});
 #else
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       found.push_back(Simd::avx512);
+    if (found.back() == Simd::avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(Simd::vnni);
 #endif
   }
 #endif
@@ -88,7 +89,7 @@ std::string describe(const char* data, DType dtype, Metric metric, int64_t H, in
   char text[200];
   std::snprintf(text, sizeof text, "%s %s %s H%lld N%lld K%lld D%lld %s threads %d", data, name(dtype), name(metric),
                 (long long)H, (long long)N, (long long)K, (long long)D,
-                std::vector{"portable", "avx2", "avx512"}[static_cast<int>(level)], threads);
+                std::vector{"portable", "avx2", "avx512", "vnni"}[static_cast<int>(level)], threads);
   return text;
 }
 

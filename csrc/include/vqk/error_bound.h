@@ -11,6 +11,21 @@
 
 namespace vqk {
 
+VQK_HOST_DEVICE static constexpr inline double score_magnitude(double z_norm, double c_norm, bool l2) {
+  return z_norm * c_norm + (l2 ? 0.5 * c_norm * c_norm : 0.0);
+}
+
+// How far the canonical fp64 score is from the true one, with what subnormal inputs and results may cost either;
+// +inf where fp32 scores might overflow.
+VQK_HOST_DEVICE static constexpr inline double canonical_error_bound(int64_t D, double z_norm, double c_norm, bool l2,
+                                                                     double underflow) {
+  const double n64 = static_cast<double>(D + 6) * 0x1p-53, magnitude = score_magnitude(z_norm, c_norm, l2);
+  if (!(magnitude < 0x1p120 && z_norm < 0x1p120 && c_norm < 0x1p120)) return __builtin_huge_val();
+  const double canonical = n64 * (1 + 2 * n64) * (l2 ? 0.5 * (z_norm + c_norm) * (z_norm + c_norm) : magnitude);
+  const double subnormal = static_cast<double>(D) * (z_norm + c_norm + 4) * 0x1p-126;
+  return (canonical + subnormal + static_cast<double>(D) * underflow) * (1 + 0x1p-10);
+}
+
 // A number eps with |coarse - canonical| <= eps, both as scores that the nearest codeword minimises:
 //   l2:  |c|^2 / 2 - z.c, the canonical distance being 2 * score + |z|^2      dot, cosine:  -z.c
 // for every codeword with |c| <= c_norm, or +inf where no such promise can be made (the fp32
@@ -21,14 +36,21 @@ namespace vqk {
 // is 0, or, for fp64 inputs, 2^-1074 times the row's and the codebook's scale.
 VQK_HOST_DEVICE static constexpr inline double score_error_bound(int64_t D, double z_norm, double c_norm, bool l2,
                                                                  double underflow) {
-  const double infinity = __builtin_huge_val();
-  const double n32 = static_cast<double>(D + 6) * 0x1p-24, n64 = static_cast<double>(D + 6) * 0x1p-53;
-  const double magnitude = z_norm * c_norm + (l2 ? 0.5 * c_norm * c_norm : 0.0);
-  if (!(n32 < 0.5 && magnitude < 0x1p120 && z_norm < 0x1p120 && c_norm < 0x1p120)) return infinity;
-  const double coarse = n32 * (1 + 2 * n32) * magnitude;  // n / (1 - n) <= n (1 + 2n) up to n = 1/2
-  const double canonical = n64 * (1 + 2 * n64) * (l2 ? 0.5 * (z_norm + c_norm) * (z_norm + c_norm) : magnitude);
-  const double subnormal = static_cast<double>(D) * (z_norm + c_norm + 4) * 0x1p-126;
-  return (coarse + canonical + subnormal + static_cast<double>(D) * underflow) * (1 + 0x1p-10);
+  const double n32 = static_cast<double>(D + 6) * 0x1p-24;
+  const double coarse = n32 * (1 + 2 * n32) * score_magnitude(z_norm, c_norm, l2);  // n / (1 - n) up to n = 1/2
+  return n32 < 0.5 ? coarse * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, underflow)
+                   : __builtin_huge_val();
+}
+
+// The same for scores made from integers: row and codeword are integers times a scale, short of the scaled row by
+// a vector of length z_error at most, of the codeword by one of c_error. The integer sums are exact; their way to the
+// score takes three fp32 roundings, and |c|^2 / 2 brings one.
+VQK_HOST_DEVICE static constexpr inline double integer_error_bound(int64_t D, double z_norm, double z_error,
+                                                                   double c_norm, double c_error, bool l2,
+                                                                   double underflow) {
+  const double lost = z_error * c_norm + (z_norm + z_error) * c_error;
+  const double rounded = 8 * 0x1p-24 * score_magnitude(z_norm + z_error, c_norm + c_error, l2);
+  return (lost + rounded) * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, underflow);
 }
 
 }  // namespace vqk

@@ -193,33 +193,34 @@ class FSQ(RemembersIndices, nn.Module):
         """Indices ``[...]`` -> the level of every feature ``[..., d]``."""
         return indices.unsqueeze(-1) // self._basis % self._levels
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The layer's own, so that codes from indices are those of forward after .double() or .bfloat16()."""
+        return self.implicit_codebook.dtype if hasattr(self, "implicit_codebook") else torch.get_default_dtype()
+
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Indices ``[...]`` -> codes ``[..., d]`` as they are quantized, unrotated; zeros for a negative index."""
-        # the layer's own dtype, so that the codes are those of forward after .double() or .bfloat16()
-        dtype = self.implicit_codebook.dtype if hasattr(self, "implicit_codebook") else torch.get_default_dtype()
+        """Indices ``[...]`` -> codes ``[..., d]`` as they are quantized, in at least float32 and unrotated; zeros for a
+        negative index."""
         digits = self.indices_to_level_indices(indices.clamp(min=0))
-        digits = digits.to(torch.promote_types(dtype, torch.float32))
+        digits = digits.to(torch.promote_types(self._dtype, torch.float32))
         if self.preserve_symmetry:
             codes = digits * (2.0 / (self._levels - 1).to(digits.dtype)) - 1.0
         else:
             width = self._levels // 2
             codes = (digits - width) / width
-        return codes.to(dtype).masked_fill((indices < 0).unsqueeze(-1), 0.0)
+        return codes.masked_fill((indices < 0).unsqueeze(-1), 0.0)
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """As :meth:`_indices_to_codes`, rotated back: what ``forward`` hands to ``project_out``."""
+        """As :meth:`_indices_to_codes`, rotated back: what ``forward`` rounds to the dtype of its input."""
         codes = self._indices_to_codes(indices)
-        return self._rotate(codes, back=True).to(codes.dtype) if self.orthogonal_rotation else codes
+        return self._rotate(codes, back=True) if self.orthogonal_rotation else codes
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them -> what it returned beside them, in the layout of the input."""
         if not self.return_indices:
             raise ValueError("FSQ.indices_to_codes: the layer was built with return_indices=False")
-        codes = self._decode(indices)
-        if self.keep_num_codebooks_dim:
-            codes = codes.flatten(-2)
-        if self.has_projections:
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+        codes = self._decode(indices).to(self._dtype)
+        codes = self.project_out(codes.flatten(-2) if self.keep_num_codebooks_dim else codes)
         is_map = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
         return codes.movedim(-1, 1) if is_map or self.channel_first else codes
 

@@ -54,12 +54,12 @@ def _codebook_grads(ctx, z, indices, codebooks, scale):
         return grads
     residual = z.to(scale.dtype)
     for level, codebook in enumerate(codebooks[: wanted[-1] + 1]):
-        index = indices[..., level]
         if level in wanted:
-            sums, counts = pick("codeword_sums", z.device)(residual, index, codebook.shape[1])
+            sums, counts = pick("codeword_sums", z.device)(residual, indices[..., level], codebook.shape[1])
             grads[level] = (scale[level] * (counts.unsqueeze(-1) * codebook - sums)).to(codebook.dtype)
-        flat = index.clamp(min=0).unsqueeze(-1).expand(-1, -1, z.shape[-1])
-        residual = residual - codebook.gather(1, flat)
+        if level < wanted[-1]:
+            flat = indices[..., level].clamp(min=0).unsqueeze(-1).expand(-1, -1, z.shape[-1])
+            residual = residual - codebook.gather(1, flat)
     return grads
 
 

@@ -10,13 +10,17 @@ BIN := $(VENV)/bin
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
 
-.PHONY: demo test bench lint build cpp-test cpp-bench clean
+.PHONY: demo test incumbent-tests bench lint build cpp-test cpp-bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The tests of vector-quantize-pytorch against ours: make incumbent-tests SUITE="--all --source CHECKOUT"
+incumbent-tests: $(VENV)/installed
+	$(BIN)/python tests/incumbent_suite.py $(SUITE)
 
 bench: $(VENV)/installed
 	$(BIN)/vqkernels bench

@@ -164,8 +164,10 @@ class FSQ(RemembersIndices, nn.Module):
     def maybe_apply_noise(self, codes: Tensor) -> Tensor:
         if not self.training or self.noise_dropout == 0.0:
             return codes
-        chosen = torch.full_like(codes, self.noise_dropout).bernoulli_().bool()
-        offset = torch.rand_like(codes) - 0.5
+        # drawn in the order of the dimensions, whatever the strides of the input
+        dense = torch.contiguous_format
+        chosen = torch.full_like(codes, self.noise_dropout, memory_format=dense).bernoulli_().bool()
+        offset = torch.rand_like(codes, memory_format=dense) - 0.5
         return torch.where(chosen, codes + offset, codes).clamp(-1.0, 1.0)
 
     def _rotate(self, x: Tensor, back: bool) -> Tensor:

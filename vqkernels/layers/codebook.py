@@ -107,16 +107,19 @@ class Codebook(nn.Module):
         usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
         heads = [rows[ok] for rows, ok in zip(z.detach(), usable, strict=True)]
         if self._world() > 1 and self.sync_kmeans:
-            heads = [_gather_rows(rows) for rows in heads]
-        if any(len(rows) == 0 for rows in heads):
+            heads = [_gather(rows.unsqueeze(0))[0] for rows in heads]
+        embed, size = torch.zeros_like(self.embed), torch.zeros_like(self.cluster_size)
+        found = all(len(rows) > 0 for rows in heads)
+        if found:
+            seeds, sizes = zip(*(self._seed(rows) for rows in heads), strict=True)
+            embed, size = torch.stack(seeds).to(embed.dtype), torch.stack(sizes).to(size.dtype)
+        if self._world() > 1:  # without sync_kmeans, the first process seeds from its own rows for all
+            found = bool(_from_first(torch.tensor(found, dtype=torch.int32, device=z.device)))
+            _from_first(embed), _from_first(size)
+        if not found:
             return
-        seeds, sizes = zip(*(self._seed(rows) for rows in heads), strict=True)
-        embed, size = torch.stack(seeds), torch.stack(sizes)
         if self.use_cosine_sim:
             embed = normalize(embed)
-        if self._world() > 1 and self.sync_kmeans:
-            dist.broadcast(embed, 0)
-            dist.broadcast(size, 0)
         self.embed.copy_(embed)
         self.cluster_size.copy_(size)
         self.embed_avg.copy_(embed * size.unsqueeze(-1))
@@ -156,9 +159,10 @@ class Codebook(nn.Module):
         ema_update = self.ema_update if ema_update is None else ema_update
         if not ema_update and not self.threshold_ema_dead_code:
             return
+        z, indices = self._join(z, indices)
         sums, counts = codeword_sums(z, indices, self.codebook_size)
         sums, counts = sums.to(self.embed_avg.dtype), counts.to(self.cluster_size.dtype)
-        if self._world() > 1:
+        if self._world() > 1 and not self._joins():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
         if callable(weight):
@@ -176,7 +180,7 @@ class Codebook(nn.Module):
         if ema_update and not self.manual_ema_update:
             self.update_ema()
         if self.expire_after_update:
-            self.expire_(z, indices)
+            self._expire(z, indices)
 
     def _row_weight(self, weight: Tensor) -> Tensor:
         shapes = ((), (self.codebook_size,), (self.num_codebooks, self.codebook_size))
@@ -199,23 +203,30 @@ class Codebook(nn.Module):
         Count, sum and codeword are reset together; were the sum left behind, the next EMA step would bring the dead
         codeword back. More dead codewords than rows: a random part of them waits for a later batch. No host sync.
         """
-        if not self.threshold_ema_dead_code or not self.training or z.shape[1] == 0:
+        self._expire(*self._join(z, indices))
+
+    def _expire(self, z: Tensor, indices: Tensor) -> None:
+        if not self.threshold_ema_dead_code or not self.training:
             return
+        if z.shape[1] == 0:  # other processes may have rows, and wait for this one
+            z, indices = z.new_zeros(z.shape[0], 1, z.shape[2]), indices.new_full((z.shape[0], 1), -1)
         H, N, K = *z.shape[:2], self.codebook_size
         dead = self.cluster_size < self.threshold_ema_dead_code
         # Keys in [0, 1) for those who take part, 2 for the others: the smallest keys are a random draw of the former.
         # The dead codeword that comes j-th in a random order gets the j-th row of a random order.
         place = torch.rand_like(self.cluster_size).masked_fill(~dead, 2.0).argsort(-1).argsort(-1)
+        draw = torch.rand(H, N, device=z.device)
         if self._world() > 1:
-            dist.broadcast(place, 0)
+            _from_first(place)
+            draw = _from_first(draw) if self._joins() else draw
         key = torch.full((H, max(N, K)), 2.0, device=z.device)
-        key[:, :N] = torch.rand(H, N, device=z.device).masked_fill(indices < 0, 2.0)
+        key[:, :N] = draw.masked_fill(indices < 0, 2.0)
         key, row = key.topk(K, -1, largest=False, sorted=True)
         found = key.gather(-1, place) < 1.0
         row = row.gather(-1, place).clamp(max=N - 1)
         fresh = torch.stack([rows.index_select(0, i) for rows, i in zip(z, row, strict=True)]).to(self.embed.dtype)
         fresh = normalize(fresh) if self.use_cosine_sim else fresh
-        if self._world() > 1:
+        if self._world() > 1 and not self._joins():
             fresh, found = self._share(place, fresh, found)
         replace = dead & found
         reset = float(self.threshold_ema_dead_code)
@@ -231,6 +242,15 @@ class Codebook(nn.Module):
             return 1
         return dist.get_world_size()
 
+    def _joins(self) -> bool:
+        """With ``torch.use_deterministic_algorithms(True)`` every process sees the rows of all, in rank order, and does
+        what one process would with the joined batch, bit for bit. Otherwise only sums and counts travel, and the sums
+        agree to rounding."""
+        return self._world() > 1 and torch.are_deterministic_algorithms_enabled()
+
+    def _join(self, z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return (_gather(z), _gather(indices)) if self._joins() else (z, indices)
+
     def _share(self, place: Tensor, fresh: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
         """The same replacements on every process: the j-th comes from process j modulo their number."""
         use = found & (place % dist.get_world_size() == dist.get_rank())
@@ -244,12 +264,19 @@ def normalize(t: Tensor) -> Tensor:
     return F.normalize(t, dim=-1, eps=1e-6)
 
 
-def _gather_rows(rows: Tensor) -> Tensor:
-    """All processes' rows [N_i, D], concatenated in rank order."""
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+def _from_first(t: Tensor) -> Tensor:
+    """The first process's t, in place on every other."""
+    dist.broadcast(t, 0)
+    return t
+
+
+def _gather(t: Tensor) -> Tensor:
+    """All processes' t ``[H, N_i, ...]``, joined along N in rank order; the numbers of rows may differ."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=t.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([t.shape[1]], device=t.device))
     longest = max(int(s) for s in sizes)
-    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
+    padded = t.new_zeros(t.shape[0], longest, *t.shape[2:])
+    padded[:, : t.shape[1]] = t
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(s)] for part, s in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:, : int(s)] for part, s in zip(parts, sizes, strict=True)], 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Sequential(nn.Module):
     """Modules one after the other, exactly one of them a quantizer of this package.
 
-    ``forward(x, **kwargs)`` hands ``kwargs`` to the quantizer and returns ``(x, *rest)``: the result of the last module,
+    ``forward(x, **kwargs)`` hands ``kwargs`` to the quantizer and returns ``(x, *rest)``: the last module's result,
     then what the quantizer returned after its quantized vectors. ``state_dict`` keys are ``fns.{i}.*``.
 
     Raises:

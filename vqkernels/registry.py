@@ -16,6 +16,7 @@ from . import _ops, samples
 from .reference.codebook_usage import codebook_usage
 from .reference.codeword_sums import codeword_sums
 from .reference.fsq import fsq, fsq_backward
+from .reference.kmeans_plus_plus import kmeans_plus_plus
 from .reference.nearest_codeword import accumulate_dtype, nearest_codeword
 from .reference.residual_quantize import residual_quantize, residual_quantize_backward
 from .reference.rotation_trick import rotation_trick_backward
@@ -181,6 +182,19 @@ SPECS: dict[str, OpSpec] = {
             flops=lambda z, *_: z.numel(),
             bytes=lambda z, indices, K: _size(z, indices) + z.shape[0] * K * (8 + 4 * z.shape[2]),
             compiled=("cpu",),
+        ),
+        OpSpec(
+            name="kmeans_plus_plus",
+            schema="(Tensor x, Tensor draws) -> Tensor",
+            reference=kmeans_plus_plus,
+            fake=lambda x, draws: x.new_empty(draws.shape[:1], dtype=torch.int64),
+            outputs=("exact",),
+            samples=samples.kmeans_plus_plus,
+            edges=samples.kmeans_plus_plus_edges,
+            flops=lambda x, draws: 3 * x.numel() * draws.numel(),
+            bytes=lambda x, draws: _size(x) + 8 * draws.numel(),
+            compiled=("cpu",),
+            dtypes=(torch.float32, torch.float64),
         ),
         OpSpec(
             name="fsq",

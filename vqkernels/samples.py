@@ -218,6 +218,31 @@ def codeword_sums_edges(dtype):
     ]
 
 
+def _uniform(*shape: int, seed: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kmeans_plus_plus(dtype):
+    centres = _randn(40, 19, seed=31, dtype=dtype, scale=4.0)
+    clustered = centres[_integers(40, 1300, seed=32)] + _randn(1300, 19, seed=33, dtype=dtype)
+    return [
+        (f"L{L}", (x, _uniform(25, L, seed=34)))
+        for L, x in ((1, clustered), (6, clustered), (3, _randn(400, 8, seed=35, dtype=dtype)))
+    ]
+
+
+def kmeans_plus_plus_edges(dtype):
+    x = _randn(30, 6, seed=36, dtype=dtype)
+    return [
+        ("K0", (x, _uniform(0, 2, seed=37))),
+        ("N1", (x[:1], _uniform(3, 2, seed=37))),
+        ("all rows", (x[:12], _uniform(12, 2, seed=37))),
+        ("few distinct rows", (x[:3].repeat(10, 1), _uniform(8, 3, seed=37))),
+        ("strided", (x[::2, ::3], _uniform(5, 2, seed=37))),
+        ("misaligned", (_misaligned(x), _uniform(5, 2, seed=37))),
+    ]
+
+
 _LEVELS = ([8, 5, 5, 5], [3, 3, 3], [2], [7, 4], [17, 3], [2000, 2])  # few, many and too many levels to compare
 
 

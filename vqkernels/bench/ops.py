@@ -21,6 +21,7 @@ RESIDUAL = ((65536, 4, 256, 32),)
 ROTATION = ((262144, 256),)
 USAGE = ((4_194_304, 8192),)
 SUMS = ((262144, 1024, 64),)
+KMEANS = ((100_000, 256, 32),)
 FSQ = ((1_048_576, [8, 5, 5, 5]),)
 
 
@@ -291,6 +292,47 @@ def fsq_rows(shapes=FSQ) -> Iterator[Row]:
         )
 
 
+def kmeans_rows(shapes=KMEANS) -> Iterator[Row]:
+    """Twenty iterations; an alternative must reach our inertia within five per cent."""
+    from ..ops import kmeans
+
+    for N, K, D in shapes:
+        centres = 2 * torch.randn(K, D)
+        x = centres[torch.randint(K, (N,))] + torch.randn(N, D)
+
+        def scikit(init, x=x, K=K):
+            from sklearn.cluster import KMeans
+
+            options = {"init": init, "n_init": 1, "max_iter": 20, "tol": 0, "random_state": 0, "algorithm": "lloyd"}
+            return lambda: KMeans(K, **options).fit(x.numpy()).inertia_
+
+        def faiss_kmeans(x=x, K=K, D=D):
+            import faiss
+
+            faiss.omp_set_num_threads(torch.get_num_threads())
+
+            def run():
+                found = faiss.Kmeans(D, K, niter=20, seed=1, max_points_per_centroid=10**9)
+                found.train(x.numpy())
+                return float(found.index.search(x.numpy(), 1)[0].sum())
+
+            return run
+
+        for init in ("k-means++", "random"):
+            want = float(kmeans(x, K, init=init).inertia)
+
+            def gate(inertia, want=want):
+                return "" if inertia <= 1.05 * want else f"inertia {inertia:.4g}, ours {want:.4g}"
+
+            contenders = {
+                "vqkernels": lambda init=init, x=x, K=K: lambda: float(kmeans(x, K, init=init).inertia),
+                "scikit-learn KMeans": lambda init=init, f=scikit: f(init),
+            }
+            if init == "random":
+                contenders["faiss Kmeans"] = faiss_kmeans
+            yield Row(f"kmeans, {init} start", f"{N}x{K}x{D}", contenders, gate, flops=20 * 2.0 * N * K * D)
+
+
 ROWS = {
     "nearest_codeword": nearest_rows,
     "residual_quantize": residual_rows,
@@ -298,4 +340,5 @@ ROWS = {
     "codebook_usage": usage_rows,
     "codeword_sums": sums_rows,
     "fsq": fsq_rows,
+    "kmeans": kmeans_rows,
 }

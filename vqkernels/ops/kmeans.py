@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dispatch import pick
 from . import checks
 from .codeword_sums import codeword_sums
 from .nearest_codeword import nearest_codeword
@@ -23,20 +25,14 @@ class KMeans(NamedTuple):
 
 
 def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each next centre is drawn with probability proportional to D^2."""
-    draws = torch.rand(k, generator=generator, dtype=torch.float64)
-    chosen = [int(draws[0] * x.shape[0])]
-    nearest = torch.full((x.shape[0],), torch.inf, dtype=torch.float64, device=x.device)
-    for i in range(1, k):
-        _, distance = nearest_codeword(x, x[chosen[-1]].unsqueeze(0))
-        nearest = torch.minimum(nearest, distance.double())
-        cumulative = nearest.cumsum(0).cpu()
-        total = float(cumulative[-1])
-        # all rows already chosen (fewer than k distinct rows): any row will do
-        target = draws[i] * total if total > 0 else draws[i] * x.shape[0]
-        position = torch.searchsorted(cumulative, target, right=True) if total > 0 else target
-        chosen.append(min(int(position), x.shape[0] - 1))
-    return x[torch.tensor(chosen, device=x.device)]
+    """Greedy k-means++: each next centre is the best of 2 + ln k rows drawn with probability proportional to the
+    squared distance to the nearest centre so far (Arthur and Vassilvitskii 2007, section 6)."""
+    draws = torch.rand(k, 2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device)
+    values = x if x.dtype == torch.float64 else x.float()
+    # a power of two, which changes no digit: squares must not leave the range
+    largest = float(values.abs().max())
+    values = values * 2.0 ** -math.frexp(largest)[1] if largest > 0 else values
+    return x[pick("kmeans_plus_plus", x.device)(values, draws)]
 
 
 def _fill_empty(x: Tensor, centroids: Tensor, counts: Tensor, distances: Tensor) -> Tensor:
@@ -77,7 +73,7 @@ def kmeans(x: Tensor, k: int, init: str | Tensor = "k-means++", iters: int = 20,
             raise ValueError(f"{op}: init is {tuple(init.shape)}; expected [k, D] = {(k, x.shape[1])}")
         centroids = init.detach().to(x).clone()
     elif init == "k-means++":
-        centroids = _plus_plus(rows, k, generator).clone()
+        centroids = _plus_plus(rows, k, generator)
     elif init == "random":
         centroids = rows[torch.randperm(rows.shape[0], generator=generator)[:k].to(x.device)].clone()
     else:

@@ -29,6 +29,7 @@ void residual_quantize_backward(const ResidualQuantizeBackwardParams&, const Par
 void rotation_trick_backward(const RotationTrickBackwardParams&, const Parallel&);
 void codebook_usage(const CodebookUsageParams&, const Parallel&);
 void codeword_sums(const CodewordSumsParams&, const Parallel&);
+void kmeans_plus_plus(const KMeansPlusPlusParams&, const Parallel&);
 void fsq(const FsqParams&, const Parallel&);
 void fsq_backward(const FsqBackwardParams&, const Parallel&);
 

@@ -97,6 +97,17 @@ struct CodewordSumsParams {
   DType dtype;
 };
 
+// Greedy k-means++: rows[0] at random, each next one the best of L drawn by their squared distance to the nearest so
+// far. x must be finite, and so small that squared distances do not overflow.
+constexpr int64_t kSeedCandidates = 32;
+struct KMeansPlusPlusParams {
+  const void* x;        // [N,D] float or double
+  const double* draws;  // [K,L] uniform in [0,1)
+  int64_t* rows;        // [K]
+  int64_t N, D, K, L;   // 1 <= L <= kSeedCandidates
+  DType dtype;
+};
+
 // quantized[n,j] = (level - levels[j] / 2) / (levels[j] / 2), level = the number of thresholds z[n,j] has passed;
 // indices[n] = sum_j level_j * prod_{i<j} levels[i], or -1 when a value of the row is NaN (then that value stays NaN).
 constexpr int64_t kFsqMaxFeatures = 30;  // of at least 2 levels each, with a product below 2^31

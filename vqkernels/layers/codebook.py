@@ -172,13 +172,14 @@ class Codebook(nn.Module):
         self._pending = (counts, sums) if accumulate else None
         if accumulate:
             return
-        step = (1.0 - self.decay) * (counts.sum(-1, keepdim=True) > 0).to(counts.dtype)
+        moved = counts.sum(-1, keepdim=True) > 0
+        step = (1.0 - self.decay) * moved.to(counts.dtype)
         if weight is not None:
             step = step * self._row_weight(torch.as_tensor(weight, device=counts.device))
         self.cluster_size.lerp_(counts, step)
         self.embed_avg.lerp_(sums, step.unsqueeze(-1))
         if ema_update and not self.manual_ema_update:
-            self.update_ema()
+            self.update_ema(moved)
         if self.expire_after_update:
             self._expire(z, indices)
 
@@ -189,12 +190,13 @@ class Codebook(nn.Module):
         return weight
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """Codeword = mean of its vectors, with Laplace-smoothed counts."""
+    def update_ema(self, moved: Tensor | None = None) -> None:
+        """Codeword = mean of its vectors, with Laplace-smoothed counts; heads ``[H, 1]`` not moved keep theirs."""
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
         embed = self.embed_avg / smoothed.unsqueeze(-1)
-        self.embed.copy_(normalize(embed) if self.use_cosine_sim else embed)
+        embed = normalize(embed) if self.use_cosine_sim else embed
+        self.embed.copy_(embed if moved is None else torch.where(moved.unsqueeze(-1), embed, self.embed))
 
     @torch.no_grad()
     def expire_(self, z: Tensor, indices: Tensor) -> None:

@@ -166,7 +166,7 @@ class FSQ(RemembersIndices, nn.Module):
             return codes
         # drawn in the order of the dimensions, whatever the strides of the input
         dense = torch.contiguous_format
-        chosen = torch.full_like(codes, self.noise_dropout, memory_format=dense).bernoulli_().bool()
+        chosen = torch.empty_like(codes, memory_format=dense).bernoulli_(self.noise_dropout).bool()
         offset = torch.rand_like(codes, memory_format=dense) - 0.5
         return torch.where(chosen, codes + offset, codes).clamp(-1.0, 1.0)
 

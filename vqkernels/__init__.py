@@ -21,9 +21,27 @@ _OPS = {
     "kmeans": "kmeans",
     "trie_topk": "trie_topk",
 }
+_LAYERS = (
+    "VectorQuantize",
+    "ResidualVQ",
+    "SimVQ",
+    "ResidualSimVQ",
+    "FSQ",
+    "ResidualFSQ",
+    "GroupedResidualFSQ",
+    "FSP",
+    "LatentQuantize",
+    "LFQ",
+    "ResidualLFQ",
+    "GroupedResidualLFQ",
+    "EvoLFQ",
+    "BinaryMapper",
+    "RandomProjectionQuantizer",
+    "Sequential",
+)
 _SOURCES = {name: f".ops.{module}" for name, module in _OPS.items()}
 _SOURCES |= dict.fromkeys(("backends", "use_backend"), ".dispatch")
-_SOURCES |= dict.fromkeys(("VectorQuantize", "ResidualVQ", "Sequential"), ".layers")
+_SOURCES |= dict.fromkeys(_LAYERS, ".layers")
 _SUBMODULES = ("compat", "data", "layers", "models", "numpy", "recommend", "semantic_ids")
 
 __all__ = [*_SOURCES, "__version__"]

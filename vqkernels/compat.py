@@ -7,30 +7,93 @@ Either ``import vqkernels.compat as vector_quantize_pytorch``, or, for code that
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import spec_from_loader
 from types import ModuleType
 
-from .layers import QUANTIZERS, ResidualVQ, Sequential, VectorQuantize
+from torch import Tensor
+
+from .layers import (
+    FSP,
+    FSQ,
+    LFQ,
+    QUANTIZERS,
+    BinaryMapper,
+    EvoLFQ,
+    GroupedResidualFSQ,
+    GroupedResidualLFQ,
+    LatentQuantize,
+    RandomProjectionQuantizer,
+    ResidualFSQ,
+    ResidualLFQ,
+    ResidualSimVQ,
+    ResidualVQ,
+    Sequential,
+    SimVQ,
+    VectorQuantize,
+    binary_mapper,
+    bit_entropy,
+    evo_lfq,
+    finite_scalar_perturbation,
+    lfq,
+    vector_quantize,
+)
 from .ops import rotation_trick
 
-__all__ = ["ResidualVQ", "Sequential", "VectorQuantize"]
 
-# submodule there: {module of vqkernels.layers: the public names that users import from it}
+def round_ste(z: Tensor) -> Tensor:
+    return z + (z.round() - z).detach()
+
+
+def floor_ste(z: Tensor) -> Tensor:
+    return z + (z.floor() - z).detach()
+
+
+def _named(*objects, **others) -> dict[str, object]:
+    return {thing.__name__: thing for thing in objects} | others
+
+
+# every submodule there, with the names that users import from it
 _SUBMODULES = {
-    "vector_quantize_pytorch": {"vector_quantize": "VectorQuantize LossBreakdown"},
-    "residual_vq": {"residual_vq": "ResidualVQ"},
-    "utils": {"sequential": "Sequential"},
+    "vector_quantize_pytorch": _named(VectorQuantize, vector_quantize.LossBreakdown, rotate_to=rotation_trick),
+    "residual_vq": _named(ResidualVQ),
+    "random_projection_quantizer": _named(RandomProjectionQuantizer),
+    "finite_scalar_quantization": _named(FSQ, round_ste, floor_ste),
+    "finite_scalar_perturbation": _named(
+        FSP,
+        finite_scalar_perturbation.VectorNorm,
+        finite_scalar_perturbation.batch_stats,
+        finite_scalar_perturbation.build_cdf_act,
+    ),
+    "lookup_free_quantization": _named(LFQ, lfq.Return, lfq.LossBreakdown, lfq.CosineSimLinear, bit_entropy.entropy),
+    "evo_lookup_free_quantization": _named(EvoLFQ, evo_lfq.Return, evo_lfq.Result),
+    "residual_lfq": _named(ResidualLFQ, GroupedResidualLFQ),
+    "residual_fsq": _named(ResidualFSQ, GroupedResidualFSQ),
+    "latent_quantization": _named(LatentQuantize),
+    "sim_vq": _named(SimVQ),
+    "residual_sim_vq": _named(ResidualSimVQ),
+    "binary_mapper": _named(BinaryMapper, binary_mapper.binary_entropy),
+    "utils": _named(Sequential, QUANTIZE_KLASSES=QUANTIZERS),
 }
 
-
-def _submodule(name: str) -> ModuleType:
-    module = ModuleType(f"{__name__}.{name}", f"The public names of ``vector_quantize_pytorch.{name}``.")
-    for source, names in _SUBMODULES[name].items():
-        found = import_module(f".layers.{source}", __package__)
-        vars(module).update({public: getattr(found, public) for public in names.split()})
-    return module
+__all__ = [
+    "FSP",
+    "FSQ",
+    "LFQ",
+    "BinaryMapper",
+    "EvoLFQ",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
+    "LatentQuantize",
+    "RandomProjectionQuantizer",
+    "ResidualFSQ",
+    "ResidualLFQ",
+    "ResidualSimVQ",
+    "ResidualVQ",
+    "Sequential",
+    "SimVQ",
+    "VectorQuantize",
+]
 
 
 class _Submodules(MetaPathFinder, Loader):
@@ -48,9 +111,9 @@ class _Submodules(MetaPathFinder, Loader):
 
 
 __path__: list[str] = []
-globals().update({name: _submodule(name) for name in _SUBMODULES})
-globals()["vector_quantize_pytorch"].rotate_to = rotation_trick
-globals()["utils"].QUANTIZE_KLASSES = QUANTIZERS
+for _name, _names in _SUBMODULES.items():
+    globals()[_name] = ModuleType(f"{__name__}.{_name}", f"The public names of ``vector_quantize_pytorch.{_name}``.")
+    vars(globals()[_name]).update(_names)
 sys.meta_path.append(_Submodules())
 
 

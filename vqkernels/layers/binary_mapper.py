@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .tokens import at_least_float32
 from .usage import RemembersIndices
 
 _NAT = math.log(2.0)  # the entropy of a fair bit
@@ -118,8 +119,8 @@ class BinaryMapper(RemembersIndices, nn.Module):
             reduce_aux_kl_loss: False: the loss per row.
 
         Returns:
-            ``(one_hot [..., 2^bits], aux_loss)``, or ``(one_hot, indices, aux_loss)`` with indices int64 ``[...]``; a row
-            with a NaN has index -1 and is NaN.
+            ``(one_hot [..., 2^bits], aux_loss)``, or ``(one_hot, indices, aux_loss)`` with int64 indices ``[...]``.
+            A row with a NaN has index -1 and is NaN.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -135,7 +136,7 @@ class BinaryMapper(RemembersIndices, nn.Module):
         sampled = probability > 0.5 if deterministic else probability.bernoulli() > 0
         indices = (sampled * self.power_two).sum(-1).masked_fill(bad, -1)
         passed = rows if (self.training if straight_through is None else straight_through) else rows.detach()
-        one_hot = _OneHotFn.apply(passed.float(), indices, self.codes)
+        one_hot = _OneHotFn.apply(at_least_float32(passed), indices, self.codes)
         one_hot = one_hot.masked_fill(bad.unsqueeze(-1), torch.nan).reshape(*lead, self.num_codes)
         aux = self.zero.clone()
         if self.training if calc_aux_loss is None else calc_aux_loss:

@@ -83,7 +83,8 @@ def _part_codes(bits: int) -> Tensor:
 
 
 def _excess(log_high: Tensor, log_low: Tensor) -> Tensor:
-    """For every a of ``log_high``: the sum of ``e^b (log 1e-5 - a - b)`` over the b of ``log_low`` with a + b < log 1e-5."""
+    """For every a of ``log_high``: the sum of ``e^b (log 1e-5 - a - b)`` over the b of ``log_low`` with
+    a + b < log 1e-5."""
     gap = _LOG_SMALLEST - log_high
     log_low = log_low.sort(-1).values
     mass = log_low.exp()

@@ -219,7 +219,9 @@ class LFQ(RemembersIndices, nn.Module):
         features = self.project_in(tokens)
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(features)
-            probe = z @ z.new_full(z.shape[-1:], _TINY)  # finite where all features are: a product costs less than a test
+            probe = z @ z.new_full(
+                z.shape[-1:], _TINY
+            )  # finite where all features are: a product costs less than a test
             finite = probe.isfinite()
             z = self._quantizer_input(z)
             bits = (z > 0).to(z.dtype) + (probe * 0.0)[..., None, None]  # a NaN makes its whole token NaN
@@ -254,9 +256,7 @@ class LFQ(RemembersIndices, nn.Module):
             z = z @ self.orthogonal_rot.to(z.dtype)
         return F.normalize(z, dim=-1) * self.codebook_scale if self.spherical else z
 
-    def _losses(
-        self, z: Tensor, codes: Tensor, valid: Tensor, inv_temperature: float
-    ) -> tuple[Tensor, LossBreakdown]:
+    def _losses(self, z: Tensor, codes: Tensor, valid: Tensor, inv_temperature: float) -> tuple[Tensor, LossBreakdown]:
         """z, codes ``[..., num_codebooks, d]``, valid ``[N]``: the tokens that count."""
         z, codes = z.flatten(0, -3), codes.detach().flatten(0, -3)
         weight = _shares(valid.to(z.dtype))

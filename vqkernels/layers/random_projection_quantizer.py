@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import CodebookUsage
-from .tokens import at_least_float32, features_last
+from .tokens import features_last
 from .vector_quantize import VectorQuantize
 
 

@@ -1,5 +1,7 @@
 """Every test runs with fresh memory poisoned with NaN and a fixed seed."""
 
+import sys
+
 import pytest
 import torch
 
@@ -13,3 +15,10 @@ def poisoned_memory_and_seed():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the differential tests compared, if this run had any."""
+    pairs = sys.modules.get("layer_pairs")
+    if pairs is not None and pairs.record.comparisons:
+        terminalreporter.write_line(pairs.record.summary())

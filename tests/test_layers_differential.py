@@ -6,14 +6,7 @@ theirs come from a rounded float32 matrix).
 
 import pytest
 import torch
-
-from vqkernels import compat as ours
-
-theirs = pytest.importorskip(
-    "vector_quantize_pytorch", reason="compares with vector-quantize-pytorch, which is not installed"
-)
-
-DIM, K, BATCH = 16, 24, 2
+from layer_pairs import BATCH, DIM, HEADS, LAYOUTS, K, close, close_states, compare, pair, same_choice
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,86 +16,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def pair(name, **options):
-    """Both layers from one seed, with equal checkpoints that load strictly in both directions."""
-    layers = []
-    for package in (ours, theirs):
-        torch.manual_seed(0)
-        layers.append(getattr(package, name)(**options))
-    mine, other = layers
-    a, b = mine.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
-    other.load_state_dict(a, strict=True)
-    mine.load_state_dict(b, strict=True)
-    return mine, other
-
-
-def close(a, b, tolerance=1e-5, what=""):
-    assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
-    scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-    error = (a - b).abs().max().item() if b.numel() else 0.0
-    assert error <= tolerance * scale, f"{what}: differs by {error}, allowed {tolerance * scale}"
-
-
-def close_states(mine, other, tolerance=1e-5):
-    a, b = mine.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        close(a[key].float(), b[key].float(), tolerance, key)
-
-
-def same_choice(a, b, z, codebook, cosine):
-    """The index rule for z [N, D], codebook [K, D]; returns which rows agree."""
-    agree = a == b
-    for row in (~agree).nonzero().flatten().tolist():
-        v, c1, c2 = z[row].double(), codebook[a[row]].double(), codebook[b[row]].double()
-        gap = (v @ c1 - v @ c2) if cosine else ((v - c1).square().sum() - (v - c2).square().sum())
-        bound = (
-            torch.finfo(torch.float32).eps * z.shape[-1] * (v.square().sum() + c1.square().sum() + c2.square().sum())
-        )
-        assert gap.abs() <= bound, f"row {row}: {a[row]} against {b[row]}, gap {gap}, bound {bound}"
-    return agree
-
-
-def run(layer, x, weight, **kwargs):
-    """-> outputs, gradients of the input and of every parameter."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    out = layer(x, **kwargs)
-    if layer.training:
-        ((out[0] * weight).sum() + (out[2] * torch.arange(1.0, out[2].numel() + 1).view(out[2].shape)).sum()).backward()
-    return out, x.grad, {n: p.grad for n, p in layer.named_parameters()}
-
-
-def compare(mine, other, x, tolerance=1e-5, **kwargs):
-    weight = torch.randn_like(x)
-    (q1, i1, l1, *_), g1, p1 = run(mine, x, weight, **kwargs)
-    (q2, i2, l2, *_), g2, p2 = run(other, x, weight, **kwargs)
-    assert i1.dtype == i2.dtype and i1.shape == i2.shape
-    assert torch.equal(i1, i2), "indices differ; check the rows by same_choice"
-    close(q1, q2, tolerance, "quantized")
-    close(l1, l2, tolerance, "loss")
-    if mine.training:
-        close(g1, g2, tolerance, "gradient of x")
-    for name in p1:
-        assert (p1[name] is None) == (p2[name] is None), name
-        if p1[name] is not None:
-            close(p1[name], p2[name], tolerance, name)
-    close_states(mine, other, tolerance)
-    return i1
-
-
-LAYOUTS = {
-    "last": ({}, (BATCH, 30, DIM)),
-    "first": ({"channel_last": False}, (BATCH, DIM, 30)),
-    "image": ({"accept_image_fmap": True}, (BATCH, DIM, 5, 6)),
-    "volume": ({"accept_3d_fmap": True}, (BATCH, DIM, 2, 3, 5)),
-}
-HEADS = {"one": {}, "shared": {"heads": 4}, "separate": {"heads": 4, "separate_codebook_per_head": True}}
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))

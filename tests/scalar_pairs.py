@@ -1,15 +1,15 @@
-"""A layer of this package and its namesake in the installed vector-quantize-pytorch, side by side."""
+"""As layer_pairs, for layers of any number of results: scalar quantizers, SimVQ, and their residual kin."""
 
-import pytest
+import layer_pairs
 import torch
-
-theirs = pytest.importorskip(
-    "vector_quantize_pytorch", reason="compares with vector-quantize-pytorch, which is not installed"
-)
+from layer_pairs import record, theirs
 
 
 def pair(layer_class, make_options=dict, **options):
-    """Both from one seed: equal weights, checkpoints that load strictly in both directions."""
+    """Both layers from one seed, with equal checkpoints that load strictly in both directions; ``make_options`` makes
+    options that the two must not share."""
+    made = f", {make_options.__name__}()" if make_options is not dict else ""
+    record.configurations.add(f"{layer_class.__name__}({', '.join(f'{k}={v}' for k, v in options.items())}{made})")
     layers = []
     for kind in (layer_class, getattr(theirs, layer_class.__name__)):
         torch.manual_seed(0)
@@ -28,11 +28,8 @@ def close(a, b, tolerance, what=""):
     if a is None or b is None:
         assert a is b, what
         return
-    assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
     assert a.is_floating_point() or torch.equal(a, b), f"{what} differs"
-    if b.numel():
-        error, scale = (a.double() - b.double()).abs().max().item(), max(1.0, b.abs().max().item())
-        assert error <= tolerance * scale, f"{what}: differs by {error}, allowed {tolerance * scale}"
+    layer_pairs.close(a, b, tolerance, what)
 
 
 def results(layer, x, **kwargs):
@@ -48,7 +45,8 @@ def results(layer, x, **kwargs):
     objective = (quantized * torch.linspace(-1.0, 1.0, quantized.numel()).view(quantized.shape)).sum()
     if rest and isinstance(rest[0], torch.Tensor) and rest[0].requires_grad:
         objective = objective + (rest[0] * torch.arange(1.0, rest[0].numel() + 1).view(rest[0].shape)).sum()
-    objective.backward()
+    if objective.requires_grad:  # lookup-free layers give no gradient in evaluation
+        objective.backward()
     named = {name: None if value is None else value.detach() for name, value in named.items()}
     return named | {"x.grad": x.grad} | {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
 

@@ -42,6 +42,7 @@ _LAYERS = (
 _SOURCES = {name: f".ops.{module}" for name, module in _OPS.items()}
 _SOURCES |= dict.fromkeys(("backends", "use_backend"), ".dispatch")
 _SOURCES |= dict.fromkeys(_LAYERS, ".layers")
+_SOURCES |= {"from_pretrained_layer": ".layers.migration"}
 _SUBMODULES = ("compat", "data", "layers", "models", "numpy", "recommend", "semantic_ids")
 
 __all__ = [*_SOURCES, "__version__"]

@@ -200,8 +200,8 @@ class LFQ(RemembersIndices, nn.Module):
 
         Args:
             inv_temperature: T of the entropy loss, how sharply a feature decides for its bit.
-            mask: bool ``[...]`` without features, or ``[B, tokens]``; the losses leave the False tokens out, which are
-                quantized all the same.
+            mask: bool ``[B]``, ``[B, tokens]`` or ``[...]`` without features; the losses leave the False tokens out,
+                which are quantized all the same.
 
         Returns:
             ``(quantized, indices, entropy_aux_loss)``, with ``return_loss_breakdown`` a pair of that and
@@ -214,14 +214,13 @@ class LFQ(RemembersIndices, nn.Module):
         first = x.dim() >= 4 if self.channel_first is None else self.channel_first
         tokens = features_last("LFQ", x, self.dim, first)
         lead = tokens.shape[:-1]
-        if mask is not None and (mask.dtype != torch.bool or mask.shape not in (lead, (lead[0], lead[1:].numel()))):
-            raise ValueError(f"LFQ: mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(lead)}")
+        if mask is not None:
+            mask = _mask(mask, lead)
         features = self.project_in(tokens)
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(features)
-            probe = z @ z.new_full(
-                z.shape[-1:], _TINY
-            )  # finite where all features are: a product costs less than a test
+            # finite where all features are; a product costs less than testing them
+            probe = z.detach() @ z.new_full(z.shape[-1:], _TINY)
             finite = probe.isfinite()
             z = self._quantizer_input(z)
             bits = (z > 0).to(z.dtype) + (probe * 0.0)[..., None, None]  # a NaN makes its whole token NaN
@@ -233,7 +232,7 @@ class LFQ(RemembersIndices, nn.Module):
                 z = z.nan_to_num(0.0, 0.0, 0.0)
                 passed = self.activation(z)
                 quantized = codes + (passed - passed.detach())
-                valid = finite.flatten() if mask is None else finite.flatten() & mask.flatten()
+                valid = finite.flatten() if mask is None else finite.flatten() & mask
                 aux, breakdown = self._losses(z, codes, valid, inv_temperature)
             else:
                 aux = z.new_zeros(())
@@ -258,7 +257,7 @@ class LFQ(RemembersIndices, nn.Module):
 
     def _losses(self, z: Tensor, codes: Tensor, valid: Tensor, inv_temperature: float) -> tuple[Tensor, LossBreakdown]:
         """z, codes ``[..., num_codebooks, d]``, valid ``[N]``: the tokens that count."""
-        z, codes = z.flatten(0, -3), codes.detach().flatten(0, -3)
+        z, codes = z.flatten(0, -3), codes.flatten(0, -3)
         weight = _shares(valid.to(z.dtype))
         commitment = z.new_zeros(())
         if self.commitment_loss_weight > 0.0:
@@ -282,6 +281,16 @@ class LFQ(RemembersIndices, nn.Module):
         rows = torch.where(valid, order, order + total).argsort()[: int(total * self.frac_per_sample_entropy)]
         wanted = (valid.sum().double() * self.frac_per_sample_entropy).floor()
         return rows, torch.arange(len(rows), device=valid.device) < wanted
+
+
+def _mask(mask: Tensor, lead: torch.Size) -> Tensor:
+    """A mask of samples ``[B]``, of tokens ``[B, N]``, or of any leading dimensions of the input -> ``[tokens]``."""
+    flat = lead[0], lead[1:].numel()
+    if mask.dtype != torch.bool or not mask.dim() or mask.shape not in (lead[: mask.dim()], flat):
+        raise ValueError(
+            f"LFQ: mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(lead)}, True takes part"
+        )
+    return mask.flatten().repeat_interleave(lead.numel() // max(mask.numel(), 1))
 
 
 def _shares(weight: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ _OPS = {
 _LAYERS = (
     "VectorQuantize",
     "ResidualVQ",
+    "GroupedResidualVQ",
+    "FactorizedResidualVQ",
+    "HierarchicalVQ",
     "SimVQ",
     "ResidualSimVQ",
     "FSQ",
@@ -38,6 +41,7 @@ _LAYERS = (
     "BinaryMapper",
     "RandomProjectionQuantizer",
     "Sequential",
+    "from_pretrained_layer",
 )
 _SOURCES = {name: f".ops.{module}" for name, module in _OPS.items()}
 _SOURCES |= dict.fromkeys(("backends", "use_backend"), ".dispatch")

@@ -22,6 +22,8 @@ from .layers import (
     EvoLFQ,
     GroupedResidualFSQ,
     GroupedResidualLFQ,
+    GroupedResidualVQ,
+    HierarchicalVQ,
     LatentQuantize,
     RandomProjectionQuantizer,
     ResidualFSQ,
@@ -56,7 +58,7 @@ def _named(*objects, **others) -> dict[str, object]:
 # every submodule there, with the names that users import from it
 _SUBMODULES = {
     "vector_quantize_pytorch": _named(VectorQuantize, vector_quantize.LossBreakdown, rotate_to=rotation_trick),
-    "residual_vq": _named(ResidualVQ),
+    "residual_vq": _named(ResidualVQ, GroupedResidualVQ),
     "random_projection_quantizer": _named(RandomProjectionQuantizer),
     "finite_scalar_quantization": _named(FSQ, round_ste, floor_ste),
     "finite_scalar_perturbation": _named(
@@ -73,6 +75,7 @@ _SUBMODULES = {
     "sim_vq": _named(SimVQ),
     "residual_sim_vq": _named(ResidualSimVQ),
     "binary_mapper": _named(BinaryMapper, binary_mapper.binary_entropy),
+    "hierarchical_vq": _named(HierarchicalVQ),
     "utils": _named(Sequential, QUANTIZE_KLASSES=QUANTIZERS),
 }
 
@@ -84,6 +87,8 @@ __all__ = [
     "EvoLFQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LatentQuantize",
     "RandomProjectionQuantizer",
     "ResidualFSQ",

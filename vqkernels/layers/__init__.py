@@ -2,10 +2,14 @@
 
 from .binary_mapper import BinaryMapper
 from .evo_lfq import EvoLFQ
+from .factorized_residual_vq import FactorizedResidualVQ
 from .finite_scalar_perturbation import FSP
 from .fsq import FSQ
+from .grouped_residual_vq import GroupedResidualVQ
+from .hierarchical_vq import HierarchicalVQ
 from .latent_quantization import LatentQuantize
 from .lfq import LFQ
+from .migration import from_pretrained_layer
 from .random_projection_quantizer import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
@@ -19,6 +23,8 @@ from .vector_quantize import LossBreakdown, VectorQuantize
 QUANTIZERS = (
     VectorQuantize,
     ResidualVQ,
+    GroupedResidualVQ,
+    FactorizedResidualVQ,
     RandomProjectionQuantizer,
     FSQ,
     LFQ,
@@ -30,6 +36,7 @@ QUANTIZERS = (
     GroupedResidualFSQ,
     FSP,
     LatentQuantize,
+    HierarchicalVQ,
 )
 
 __all__ = [
@@ -39,8 +46,11 @@ __all__ = [
     "QUANTIZERS",
     "BinaryMapper",
     "EvoLFQ",
+    "FactorizedResidualVQ",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LatentQuantize",
     "LossBreakdown",
     "RandomProjectionQuantizer",
@@ -51,4 +61,5 @@ __all__ = [
     "Sequential",
     "SimVQ",
     "VectorQuantize",
+    "from_pretrained_layer",
 ]

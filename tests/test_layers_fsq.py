@@ -1,6 +1,7 @@
 """FSQ, ResidualFSQ and GroupedResidualFSQ on their own: round trips, gradients by the formula, dtypes, hostile input."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -129,6 +130,32 @@ def test_grouped_map():
     assert torch.equal(layer.get_codes_from_indices(index), torch.stack(codes)) and codes[0].shape == (3, 2, 4, 5, 3)
 
 
+def test_indices_stay_exact_beyond_float32():
+    layer = FSQ([16] * 7)
+    index = layer(torch.randn(1, 500, 7))[1]
+    digits = layer.indices_to_level_indices(index).long()
+    assert index.max() > 2**24 and torch.equal((digits * 16 ** torch.arange(7)).sum(-1), index.long())
+    assert torch.equal(layer.codes_to_indices(layer.indices_to_codes(index)), index)
+    symmetric = FSQ([16] * 7, preserve_symmetry=True)
+    index = symmetric(torch.randn(1, 500, 7))[1]
+    assert torch.equal(symmetric.codes_to_indices(symmetric.indices_to_codes(index)), index)
+
+
+def test_borders_between_levels_are_exact():
+    """One float32 to either side of every border falls on its own side, as in float64."""
+    for count in (3, 4, 5, 8, 16, 100):
+        half, offset = (count - 1) * 1.001 / 2, 0.0 if count % 2 else 0.5
+        shift = math.atanh(offset / half)
+        for level in range(1, count):
+            border = math.atanh((level - count // 2 - 0.5 + offset) / half) - shift
+            below = torch.tensor(border, dtype=torch.float32)
+            while below.item() >= border:
+                below = below.nextafter(torch.tensor(-torch.inf))
+            above = below.nextafter(torch.tensor(torch.inf))
+            x = torch.stack([below, above]).view(1, 2, 1)
+            assert FSQ([count])(x)[1].tolist() == [[level - 1, level]]
+
+
 def test_more_codes_than_an_index_holds():
     levels = [8] * 32
     with pytest.raises(ValueError, match="return_indices=False"):
@@ -142,6 +169,7 @@ def test_more_codes_than_an_index_holds():
     assert index is None and torch.equal(quantized.flatten(), expected.flatten()) and torch.equal(x.grad, y.grad)
     with pytest.raises(ValueError, match="return_indices=False"):
         layer.indices_to_codes(torch.zeros(2, dtype=torch.int32))
+    assert layer.codebook_size == 8**32 and not hasattr(layer, "implicit_codebook")
 
 
 # gradients

@@ -92,6 +92,8 @@ class FSQ(RemembersIndices, nn.Module):
             self.project_in = nn.Linear(self.dim, self.effective_codebook_dim, bias=projection_has_bias)
             self.project_out = nn.Linear(self.effective_codebook_dim, self.dim, bias=projection_has_bias)
         self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int32), persistent=False)
+        # remembers .double() or .bfloat16(), so that codes from indices are those of forward
+        self.register_buffer("_like", torch.empty(0), persistent=False)
         if return_indices:
             if self.codebook_size > _MOST_CODES:
                 raise ValueError(
@@ -100,8 +102,6 @@ class FSQ(RemembersIndices, nn.Module):
                 )
             basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))], dtype=torch.int32)
             self.register_buffer("_basis", basis, persistent=False)
-            codebook = self._indices_to_codes(torch.arange(self.codebook_size))
-            self.register_buffer("implicit_codebook", codebook, persistent=False)
         if orthogonal_rotation:
             if len(set(levels)) > 1:
                 warnings.warn(
@@ -196,15 +196,18 @@ class FSQ(RemembersIndices, nn.Module):
         return indices.unsqueeze(-1) // self._basis % self._levels
 
     @property
-    def _dtype(self) -> torch.dtype:
-        """The layer's own, so that codes from indices are those of forward after .double() or .bfloat16()."""
-        return self.implicit_codebook.dtype if hasattr(self, "implicit_codebook") else torch.get_default_dtype()
+    def implicit_codebook(self) -> Tensor:
+        """All codes ``[K, d]``, computed when asked for."""
+        if not self.return_indices:
+            raise AttributeError("FSQ.implicit_codebook: the layer was built with return_indices=False")
+        indices = torch.arange(self.codebook_size, device=self._levels.device)
+        return self._indices_to_codes(indices).to(self._like.dtype)
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
         """Indices ``[...]`` -> codes ``[..., d]`` as they are quantized, in at least float32 and unrotated; zeros for a
         negative index."""
         digits = self.indices_to_level_indices(indices.clamp(min=0))
-        digits = digits.to(torch.promote_types(self._dtype, torch.float32))
+        digits = digits.to(torch.promote_types(self._like.dtype, torch.float32))
         if self.preserve_symmetry:
             codes = digits * (2.0 / (self._levels - 1).to(digits.dtype)) - 1.0
         else:
@@ -221,7 +224,7 @@ class FSQ(RemembersIndices, nn.Module):
         """Indices as ``forward`` returns them -> what it returned beside them, in the layout of the input."""
         if not self.return_indices:
             raise ValueError("FSQ.indices_to_codes: the layer was built with return_indices=False")
-        codes = self._decode(indices).to(self._dtype)
+        codes = self._decode(indices).to(self._like.dtype)
         codes = self.project_out(codes.flatten(-2) if self.keep_num_codebooks_dim else codes)
         is_map = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
         return codes.movedim(-1, 1) if is_map or self.channel_first else codes

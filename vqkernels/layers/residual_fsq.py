@@ -117,7 +117,7 @@ class ResidualFSQ(nn.Module):
         """What ``forward`` returned for these indices, in the layout of the input."""
         # one after the other as in forward, so that the sum is the same to the bit
         codes = sum(self.get_codes_from_indices(indices).unbind(0))
-        output = self.project_out(codes.to(self.layers[0]._dtype))
+        output = self.project_out(codes.to(self.layers[0]._like.dtype))
         return output.movedim(-1, 1) if self.is_channel_first else output
 
     def forward(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import CodebookUsage, residual_quantize
-from .tokens import Layout, lookup, reject_unsupported
+from ..ops import CodebookUsage, residual_quantize, rotation_trick
+from .beam_search import beam_search
+from .codebook import normalize
+from .dropout import check_dropout, common_seed, draw_levels
+from .implicit_codebook import ImplicitCodebook
+from .search import nearest_k, similarities
+from .tokens import Layout, at_least_float32, lookup
 from .vector_quantize import VectorQuantize, _trainable
 
-UNSUPPORTED = {
-    "diveq": False,
-    "heads": 1,
-    "implicit_neural_codebook": False,
-    "mlp_kwargs": None,
-    "beam_size": None,
-    "eval_beam_size": None,
-    "beam_score_quantizer_weights": None,
-}
+_DIVEQ_VARIANCE = 5e-3
 
 
 class ResidualVQ(nn.Module):
@@ -36,14 +30,26 @@ class ResidualVQ(nn.Module):
         codebook_size: codewords of every level, or one number per level.
         codebook_dim: features of a codeword; another value than ``dim`` adds ``project_in`` and ``project_out``.
         shared_codebook: one codebook for all levels, updated once per forward.
+        diveq: the codewords are a parameter, and the output moves from the input towards them in a slightly random
+            direction, which trains both without a loss of their own (in evaluation it is the codewords themselves).
+        heads: 1.
         quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training, use only the first
             levels, their number drawn per batch; the others get index -1 and loss 0.
+        implicit_neural_codebook, mlp_kwargs: QINCo: from the second level on, a network (``dim_hidden``, ``depth``)
+            makes the codewords from the stored ones and the sum chosen so far; all of it is trained by the loss.
+        beam_size, eval_beam_size: keep that many prefixes instead of the nearest codeword's alone, in training and in
+            evaluation (None: ``beam_size``).
+        beam_score_quantizer_weights: of the levels' squared errors, whose sum the beam minimizes; None: 1 each.
+            ``[0, ..., 0, 1]`` minimizes the error of the result.
         quant_grad_frac: share of the gradient of a level's codeword that reaches the levels before it.
         channel_last, accept_image_fmap, accept_3d_fmap: layout of the input.
         vq_kwargs: the other options of :class:`VectorQuantize`, for every level.
 
     Raises:
-        ValueError: an option not supported yet, options that exclude each other.
+        ValueError: options that exclude each other.
+
+    Source: Zeghidour et al. 2021 (arXiv 2107.03312), Vali et al. 2025 (DiVeQ, arXiv 2509.26469), Huijben et al. 2024
+    (QINCo, arXiv 2401.14732).
     """
 
     def __init__(
@@ -54,26 +60,26 @@ class ResidualVQ(nn.Module):
         codebook_size: int | tuple[int, ...],
         codebook_dim: int | None = None,
         shared_codebook: bool = False,
-        diveq=False,
-        heads=1,
+        diveq: bool = False,
+        heads: int = 1,
         quantize_dropout: bool = False,
         quantize_dropout_cutoff_index: int = 0,
         quantize_dropout_multiple_of: int = 1,
         accept_image_fmap: bool = False,
-        implicit_neural_codebook=False,
-        mlp_kwargs=None,
-        beam_size=None,
-        eval_beam_size=None,
-        beam_score_quantizer_weights=None,
+        implicit_neural_codebook: bool = False,
+        mlp_kwargs: dict | None = None,
+        beam_size: int | None = None,
+        eval_beam_size: int | None = None,
+        beam_score_quantizer_weights: list[float] | None = None,
         quant_grad_frac: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
         channel_last: bool = True,
         accept_3d_fmap: bool = False,
         **vq_kwargs,
     ):
-        given = dict(locals()) | {"mlp_kwargs": mlp_kwargs or None}
         super().__init__()
-        reject_unsupported("ResidualVQ", given, UNSUPPORTED)
+        if heads != 1:
+            raise ValueError(f"ResidualVQ: heads={heads}; a residual code has one head, see GroupedResidualVQ")
         if isinstance(codebook_size, (tuple, list)):
             sizes = tuple(codebook_size)
         elif num_quantizers is not None:
@@ -89,16 +95,20 @@ class ResidualVQ(nn.Module):
             )
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"ResidualVQ: shared_codebook=True needs one codebook size, got {sizes}")
-        if not 0 <= quantize_dropout_cutoff_index < len(sizes) or quantize_dropout_multiple_of < 1:
+        check_dropout("ResidualVQ", len(sizes), quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
+        weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else list(beam_score_quantizer_weights)
+        if len(weights) != len(sizes):
             raise ValueError(
-                f"ResidualVQ: quantize_dropout_cutoff_index={quantize_dropout_cutoff_index}, "
-                f"quantize_dropout_multiple_of={quantize_dropout_multiple_of}; "
-                f"expected 0 <= cutoff < {len(sizes)} and a multiple >= 1"
+                f"ResidualVQ: beam_score_quantizer_weights has {len(weights)} numbers for {len(sizes)} levels"
             )
         self.dim, self.codebook_sizes, self.num_quantizers = dim, sizes, len(sizes)
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.uniform_codebook_size = len(set(sizes)) == 1
-        self.shared_codebook, self.quant_grad_frac = shared_codebook, quant_grad_frac
+        self.shared_codebook, self.diveq = shared_codebook, diveq
+        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
+        self.implicit_neural_codebook = implicit_neural_codebook
+        self.beam_size, self.eval_beam_size = beam_size, beam_size if eval_beam_size is None else eval_beam_size
+        self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
         self.quantize_dropout = quantize_dropout and len(sizes) > 1
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
@@ -109,6 +119,10 @@ class ResidualVQ(nn.Module):
         self.has_projections = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
+        if implicit_neural_codebook or diveq:
+            vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
+        if diveq:
+            vq_kwargs |= {"commitment_weight": 0.0}
         if shared_codebook:
             vq_kwargs |= {"manual_ema_update": True}
         self.layers = nn.ModuleList(
@@ -116,6 +130,10 @@ class ResidualVQ(nn.Module):
         )
         if any(layer.has_projections for layer in self.layers):
             raise ValueError("ResidualVQ: codebook_dim belongs to ResidualVQ itself, its levels have no projection")
+        self.mlps = None
+        if implicit_neural_codebook:
+            mlps = (ImplicitCodebook(self.codebook_dim, **(mlp_kwargs or {})) for _ in sizes[1:])
+            self.mlps = nn.ModuleList(mlps)
         if shared_codebook:
             shared = self.layers[0]._codebook
             shared.expire_after_update = False
@@ -148,8 +166,18 @@ class ResidualVQ(nn.Module):
                 f"{self.num_quantizers}"
             )
         indices = F.pad(indices, (0, missing), value=-1)
-        levels = zip(self.layers, indices.unbind(-1), strict=True)
-        return torch.stack([lookup(layer._codebook.embed[0], index) for layer, index in levels])
+        codes, total = [], 0.0
+        for level, index in enumerate(indices.unbind(-1)):
+            codes.append(self._lookup(level, self.layers[level]._codebook.embed[0], index, total))
+            total = total + codes[-1]
+        return torch.stack(codes)
+
+    def _lookup(self, level: int, codebook: Tensor, index: Tensor, total: Tensor | float) -> Tensor:
+        """Codewords ``[..., D]`` of a level after the sum ``total`` of the levels before it; zeros for index -1."""
+        if self.mlps is None or level == 0:
+            return lookup(codebook, index)
+        code = self.mlps[level - 1].chosen(codebook, index, total)
+        return code.masked_fill((index < 0).unsqueeze(-1), 0.0)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returned for these indices, in the layout of the input; tokens with only -1 are 0."""
@@ -186,30 +214,40 @@ class ResidualVQ(nn.Module):
         Raises:
             ValueError: shapes that do not fit, arguments that exclude each other or are not supported yet.
         """
-        given = {"sample_codebook_temp": sample_codebook_temp, "beam_size": beam_size}
-        reject_unsupported("ResidualVQ.forward", given, dict.fromkeys(given))
         tokens = self.layout.to_tokens(x)
         lead = tokens.shape[:-1]
         mask = self.layout.mask(lead, mask, lens)
         frozen = self.layers[0].freeze_codebook if freeze_codebook is None else freeze_codebook
-        z = self.project_in(tokens)
-        z = (z if z.dtype == torch.float64 else z.float()).reshape(-1, self.codebook_dim)
+        beam = (self.beam_size if self.training else self.eval_beam_size) if beam_size is None else beam_size
+        beam = 1 if beam is None else beam
+        if beam < 1:
+            raise ValueError(f"ResidualVQ.forward: beam_size={beam}; expected a number >= 1")
+        z = at_least_float32(self.project_in(tokens)).reshape(-1, self.codebook_dim)
         flat_mask = None if mask is None else mask.flatten()
+        entropy = None
         if indices is not None:
             targets = torch.stack(indices, -1) if isinstance(indices, list) else indices
             if targets.shape != (*lead, self.num_quantizers):
                 raise ValueError(
                     f"ResidualVQ.forward: indices is {tuple(targets.shape)}; expected {(*lead, self.num_quantizers)}"
                 )
-            quantized, entropy = self._cross_entropy(z, targets.flatten(0, -2), flat_mask, frozen)
-            return self._output(quantized, tokens, mask), entropy
+            self._init_levels(z, flat_mask)
+            entropy = self._cross_entropy(z, targets.flatten(0, -2), flat_mask)
 
-        levels = self._draw_levels(rand_quantize_dropout_fixed_seed)
-        run = self._all_levels if self._one_pass(z) else self._level_by_level
-        quantized, index, losses = run(z, flat_mask, levels, frozen)
-        dropped = self.num_quantizers - levels
-        index = F.pad(index, (0, dropped), value=-1).reshape(*lead, self.num_quantizers)
-        result = self._output(quantized, tokens, mask), index, F.pad(losses, (0, dropped))
+        levels = self.num_quantizers if indices is not None else self._draw_levels(rand_quantize_dropout_fixed_seed)
+        if beam > 1 or self.mlps is not None:
+            quantized, index, losses = self._searched(z, flat_mask, levels, frozen, beam)
+        else:
+            run = self._all_levels if self._one_pass(z) else self._level_by_level
+            quantized, index, losses = run(z, flat_mask, levels, frozen)
+        if self.diveq and self.training:
+            quantized = _towards(z, quantized, index[:, 0] >= 0)
+        quantized = self._output(quantized, tokens, mask)
+        if entropy is not None:
+            return quantized, entropy
+        dropped = (0, self.num_quantizers - levels)
+        index = F.pad(index, dropped, value=-1).reshape(*lead, self.num_quantizers)
+        result = quantized, index, F.pad(losses, dropped)
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -223,18 +261,16 @@ class ResidualVQ(nn.Module):
         """How many levels this forward uses."""
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers
-        if seed is None:
-            seed = _common_seed(self.layers[0]._codebook.embed.device)
-        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
-        multiple = self.quantize_dropout_multiple_of
-        return min(-(-(last + 1) // multiple) * multiple, self.num_quantizers)
+        seed = common_seed(self.layers[0]._codebook.embed.device) if seed is None else seed
+        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
+        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
     def _one_pass(self, z: Tensor) -> bool:
         """Whether the fused kernel computes what the levels would, one after the other."""
         first = self.layers[0]
         # the cosine codebook compares normalized residuals, has its loss there too, but subtracts from the plain ones
-        plain = not first.use_cosine_sim and first.heads == 1 and not self.quant_grad_frac
-        to_input = not first.learnable_codebook or (self.training and z.requires_grad)
+        plain = not first.use_cosine_sim and (self.diveq or not self.quant_grad_frac)
+        to_input = self.diveq or not first.learnable_codebook or (self.training and z.requires_grad)
         return plain and to_input and not any(layer._codebook.needs_init for layer in self.layers)
 
     def _all_levels(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
@@ -247,7 +283,7 @@ class ResidualVQ(nn.Module):
         else:
             books = [layer._codebook.codewords(z.dtype, snapshot=updating)[0] for layer in layers]
         out = residual_quantize(
-            z if self.training else z.detach(),
+            z if self.training and not self.diveq else z.detach(),
             books if by_loss else [book.detach() for book in books],
             first.estimator,
             1.0,
@@ -268,12 +304,16 @@ class ResidualVQ(nn.Module):
                     residual = residual - books[level].detach().index_select(0, index[0].clamp(min=0))
         if updating and self.shared_codebook:
             self._update_shared(inputs, out.indices)
+        quantized = out.quantized
+        if self.diveq:
+            total = sum(lookup(book, index) for book, index in zip(books, out.indices.unbind(-1), strict=True))
+            quantized = torch.where(out.indices[:, :1] < 0, quantized, total)
         if not self.training:
-            return out.quantized, out.indices, out.commitment_loss.new_zeros(levels)
+            return quantized, out.indices, out.commitment_loss.new_zeros(levels)
         commitment = out.commitment_loss
         if by_loss:
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
-        return out.quantized, out.indices, _trainable(commitment * max(first.commitment_weight, 0.0))
+        return quantized, out.indices, _trainable(commitment * max(first.commitment_weight, 0.0))
 
     def _level_by_level(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
         """As :meth:`_all_levels`, through the layers themselves."""
@@ -290,13 +330,99 @@ class ResidualVQ(nn.Module):
             self._update_shared(inputs, index)
         return quantized, index, torch.stack(losses)
 
-    def _cross_entropy(self, z: Tensor, targets: Tensor, mask: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor]:
-        residual, quantized, total = z, 0.0, 0.0
-        for layer, target in zip(self.layers, targets.unbind(-1), strict=True):
-            code, entropy = layer(residual, indices=target, mask=mask, freeze_codebook=frozen)
-            quantized, total = quantized + code, total + entropy
+    # levels whose codes are searched first, all of them; then losses, gradients and EMA steps follow for these codes
+
+    def _searched(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool, beam: int):
+        """As :meth:`_all_levels`, by beam search and with implicit codebooks."""
+        self._init_levels(z, mask)
+        usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
+        hole = torch.nan if mask is None else torch.where(mask.unsqueeze(-1), torch.nan, 0.0)
+        z = torch.where(usable.unsqueeze(-1), z, 0.0)
+        proposals = [self._proposals(level, z.dtype, beam) for level in range(levels)]
+        chosen = beam_search(z, proposals, self.beam_score_weights, beam)
+        chosen = torch.where(usable.unsqueeze(-1), chosen, -1)
+
+        updating = self.training and not frozen
+        inputs, losses, residual, quantized = [], [], z, torch.zeros_like(z)
+        for level, (layer, index) in enumerate(zip(self.layers, chosen.unbind(-1), strict=False)):
+            book = layer._codebook.codewords(z.dtype, snapshot=updating)[0]
+            code = self._lookup(level, book, index, quantized)
+            vector = normalize(residual) if layer.use_cosine_sim else residual
+            target = code if layer.trains_by_loss(frozen) else code.detach()
+            losses.append((target - vector).square().mean(-1).sum() / usable.sum().clamp(min=1))
+            if self.training and vector.requires_grad and not self.diveq:
+                code = rotation_trick(vector, code, layer.estimator)
+            if updating:
+                layer._codebook.update(vector.detach().unsqueeze(0), index.unsqueeze(0))
+            if not torch.compiler.is_exporting():
+                layer._last_indices = index.unsqueeze(0)
+            inputs.append(vector.detach())
+            quantized = quantized + code
             residual = residual - self._passed_back(code)
-        return quantized, total
+        if updating and self.shared_codebook:
+            self._update_shared(inputs, chosen)
+        quantized = torch.where(usable.unsqueeze(-1), quantized, hole)
+        commitment = torch.stack(losses) * max(self.layers[0].commitment_weight, 0.0)
+        if self.training:
+            return quantized, chosen, _trainable(commitment)
+        # in evaluation a beam search still reports the levels' errors, as in vector-quantize-pytorch
+        return quantized, chosen, commitment.detach() if beam > 1 else torch.zeros_like(commitment)
+
+    def _proposals(self, level: int, dtype: torch.dtype, count: int):
+        """The best codewords of a level for a beam search."""
+        layer, mlp = self.layers[level], self.mlps[level - 1] if self.mlps is not None and level > 0 else None
+        book = layer._codebook.codewords(dtype, snapshot=False)[0].detach()
+        metric = "dot" if layer.use_cosine_sim else "l2"
+
+        def propose(residual: Tensor, total: Tensor):
+            vector, k = normalize(residual) if layer.use_cosine_sim else residual, min(count, len(book))
+            if mlp is None:
+                index = nearest_k(vector, book, k, metric)
+            else:
+                rows = mlp.rows_at_a_time(len(book))
+                parts = zip(vector.split(rows), total.split(rows), strict=True)
+                index = torch.cat([mlp.distances(v, book, t).topk(k, largest=False).indices for v, t in parts])
+            code = self._lookup(level, book, index, total.unsqueeze(1))
+            return index, code, (code - vector.unsqueeze(1)).double().square().sum(-1)
+
+        return propose
+
+    @torch.no_grad()
+    def _init_levels(self, z: Tensor, mask: Tensor | None) -> None:
+        """The k-means start of all levels, each from what the nearest codewords before it leave."""
+        if not any(layer._codebook.needs_init for layer in self.layers):
+            return
+        usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
+        residual = torch.where(usable.unsqueeze(-1), z, 0.0)
+        total = torch.zeros_like(residual)
+        for level, layer in enumerate(self.layers):
+            vector = normalize(residual) if layer.use_cosine_sim else residual
+            layer._codebook.init_(vector.unsqueeze(0), usable.unsqueeze(0))
+            code = self._proposals(level, z.dtype, 1)(residual, total)[1][:, 0]
+            residual, total = residual - code, total + code
+
+    def _cross_entropy(self, z: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """Sum over levels of the cross entropy of the similarities against targets ``[N, Q]``, each level given the
+        target codes before it; targets -1 and masked rows do not count.
+
+        Source: Shen et al. 2023 (NaturalSpeech 2, arXiv 2304.09116).
+        """
+        usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
+        residual = torch.where(usable.unsqueeze(-1), z, 0.0)
+        total, entropy = torch.zeros_like(residual), 0.0
+        for level, (layer, target) in enumerate(zip(self.layers, targets.unbind(-1), strict=True)):
+            target = torch.where(usable, target, -1)
+            book = layer._codebook.codewords(z.dtype, snapshot=self.training)[0]
+            vector = normalize(residual) if layer.use_cosine_sim else residual
+            if self.mlps is None or level == 0:
+                logits = similarities(vector, book, "dot" if layer.use_cosine_sim else "l2")
+            else:
+                logits = -self.mlps[level - 1].distances(vector, book, total)
+            counted = (target >= 0).sum().clamp(min=1)
+            entropy = entropy + F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / counted
+            code = self._lookup(level, book, target, total)
+            residual, total = residual - self._passed_back(code), total + code
+        return entropy
 
     def _passed_back(self, code: Tensor) -> Tensor:
         share = self.quant_grad_frac
@@ -311,10 +437,10 @@ class ResidualVQ(nn.Module):
             codebook.expire_(torch.cat(inputs).unsqueeze(0), indices.mT.reshape(1, -1))
 
 
-def _common_seed(device: torch.device) -> int:
-    """A draw from torch's generator, the same on every process; only several make the host wait for the device."""
-    seed = torch.randint(0, 10_000, ())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        seed = seed.to(device)
-        dist.broadcast(seed, 0)
-    return int(seed)
+def _towards(z: Tensor, code: Tensor, usable: Tensor) -> Tensor:
+    """DiVeQ: z moved by its distance from the code, in a direction that is nearly the code's."""
+    usable = usable.unsqueeze(-1)
+    start = torch.where(usable, z, 0.0)
+    error = torch.where(usable, code, 0.0) - start
+    direction = F.normalize(error + _DIVEQ_VARIANCE**0.5 * torch.randn_like(error), dim=-1, eps=1e-6).detach()
+    return torch.where(usable, start + direction * error.norm(dim=-1, keepdim=True), code.detach())

@@ -1,0 +1,53 @@
+"""Implicit neural codebooks (QINCo): the codewords of a level depend on what the levels before it chose."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHUNK = 1 << 24  # numbers held at a time
+
+
+class ImplicitCodebook(nn.Module):
+    """Maps a codeword and a condition, the sum of the codewords chosen so far, to the codeword that is used.
+
+    Args:
+        dim: features of a codeword.
+        dim_hidden: features of the hidden layers; None: ``dim``.
+        depth: residual blocks.
+
+    Source: Huijben et al. 2024 (arXiv 2401.14732).
+    """
+
+    def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4):
+        super().__init__()
+        hidden = dim if dim_hidden is None else dim_hidden
+        self.widest = max(dim, hidden)
+        self.proj_in = nn.Linear(2 * dim, dim)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)) for _ in range(depth)
+        )
+
+    def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
+        """codes and condition ``[..., D]``, broadcast against each other -> ``[..., D]``, in the dtype of codes."""
+        weight = self.proj_in.weight
+        for_condition, for_codes = weight.chunk(2, -1)  # each half multiplies its own, unrepeated input
+        with torch.autocast(codes.device.type, enabled=False):
+            x = F.linear(condition.to(weight.dtype), for_condition)
+            x = x + F.linear(codes.to(weight.dtype), for_codes, self.proj_in.bias)
+            for layer in self.layers:
+                x = layer(x) + x
+        return x.to(codes.dtype)
+
+    def chosen(self, codebook: Tensor, indices: Tensor, condition: Tensor) -> Tensor:
+        """Codebook ``[K, D]``, indices ``[...]`` (negative ones stand for any), condition ``[..., D]`` -> ``[..., D]``:
+        only the codewords asked for are computed."""
+        return self(F.embedding(indices.clamp(min=0), codebook), condition)
+
+    def distances(self, z: Tensor, codebook: Tensor, condition: Tensor) -> Tensor:
+        """z and condition ``[N, D]``, codebook ``[K, D]`` -> distances to all codewords ``[N, K]``."""
+        return (z.unsqueeze(-2) - self(codebook, condition.unsqueeze(-2))).square().sum(-1).clamp(min=1e-12).sqrt()
+
+    def rows_at_a_time(self, codewords: int) -> int:
+        return max(1, _CHUNK // (codewords * self.widest))

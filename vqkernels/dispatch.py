@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 
+from .reference import onnx
 from .registry import AVAILABLE, BACKENDS, SPECS
 
 # by measured preference; only CPU speeds have been measured so far
@@ -46,9 +48,13 @@ def use_backend(name: str):
         _forced = previous
 
 
-def pick(name: str, device: torch.device) -> torch._ops.OpOverload:
-    """The overload of raw operator ``name`` that serves tensors on ``device``; RuntimeError with every backend's reason
-    where none can."""
+def pick(name: str, device: torch.device) -> Callable:
+    """The overload of raw operator ``name`` that serves tensors on ``device``, or plain torch operations while an ONNX
+    model is made; RuntimeError with every backend's reason where none can."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        if name not in onnx.OPS:
+            raise RuntimeError(f"{name}: ONNX has no such operator; export the layer in evaluation mode: layer.eval()")
+        return onnx.OPS[name]
     kind = device.type
     row = AVAILABLE[name]
     if _forced is not None:

@@ -14,12 +14,12 @@ def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.gather(1, indices.clamp(min=0).unsqueeze(-1).expand(-1, -1, codebook.shape[-1]))
 
 
-def residual_quantize(z: Tensor, codebooks: list[Tensor], mask: Tensor | None, metric: int):
+def residual_quantize(z: Tensor, codebooks: list[Tensor], mask: Tensor | None, metric: int, nearest=nearest_codeword):
     """z [H,N,D], codebooks Q x [H,K_l,D] -> indices [H,N,Q], quantized [H,N,D], losses [Q], valid rows []."""
     dtype = accumulate_dtype(z)
     residual, quantized, indices, squares = z.to(dtype), None, [], []
     for codebook in codebooks:
-        index, _ = nearest_codeword(residual, codebook.to(dtype), mask, metric, True)
+        index, _ = nearest(residual, codebook.to(dtype), mask, metric, True)
         codeword = gather(codebook, index).to(dtype)
         residual = residual - codeword
         quantized = codeword if quantized is None else quantized + codeword

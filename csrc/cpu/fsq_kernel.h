@@ -63,7 +63,8 @@ static inline void fsq_one(const FsqParams& p, const FsqTable& t, int64_t i, int
 
 // Eight values at a time where all features have few levels. `digits`: of kFsqRows rows.
 template <class T>
-static inline int64_t fsq_vectors(const FsqParams& p, const FsqTable& t, int64_t first, int64_t count, int32_t* digits) {
+static inline int64_t fsq_vectors(const FsqParams& p, const FsqTable& t, int64_t first, int64_t count,
+                                  int32_t* digits) {
   if constexpr (sizeof(T) == 8) return 0;
   else {
     const T* z = static_cast<const T*>(p.z) + first;

@@ -33,7 +33,8 @@ typedef float FloatAtAny __attribute__((aligned(2), may_alias));
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, convert, normalize, pack, search, scan, scratch_bytes};
+extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, convert, normalize,
+                                         pack, search, scan, scratch_bytes};
 }  // namespace vqk::cpu
 
 #pragma GCC pop_options

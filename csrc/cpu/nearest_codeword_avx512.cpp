@@ -85,9 +85,11 @@ inline unsigned nonzero(const Mask& m) {
 }  // namespace
 
 #ifdef VQK_VNNI
-extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, convert, normalize, pack, search, scan, scratch_bytes};
+extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, convert, normalize,
+                                         pack, search, scan, scratch_bytes};
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, convert, normalize, pack, search, scan, scratch_bytes};
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, convert, normalize,
+                                         pack, search, scan, scratch_bytes};
 #endif
 }  // namespace vqk::cpu
 

@@ -9,27 +9,30 @@
 // for every partial sum). What rounding to integers cost is bounded in error_bound.h and is about 1e-4 |z||c|:
 // seldom more than one survivor, and rows with too many of them take the fp32 pass.
 //
-//        panel of codewords [D/2][2 * VQK_LANES][2]      row [D/2][2]
-//          | c0 c0 | c0 c0 | ... |  features d, d+1        | z z | z z | ...
+//        panel of codewords [D/2][2 * VQK_LANES][2]     rows of a tile [D/2][VQK_ROWS][2]
+//          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 | z1 z1 | ...  features d, d+1
 
 constexpr double kRowLength = 32766, kCodeLength = 64000;
 constexpr int64_t kIntegerFeatures = 1 << 14;  // beyond: sums might leave 32 bits
 
+// lo, hi = scores of a tile of rows against one panel.
 VQK_INLINE void score_panel_integer(const int16_t* z, int64_t pairs, const float* row_scale, const int16_t* panel,
                                     const float* code_scale, const float* half_norms, Vec* lo, Vec* hi) {
   IntVec sum0[kTileRows], sum1[kTileRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) sum0[r] = sum1[r] = IntVec{};
+#pragma GCC unroll 2
   for (int64_t d = 0; d < pairs; ++d) {
     const IntVec c0 = *reinterpret_cast<const IntVecAtAny*>(panel);
     const IntVec c1 = *reinterpret_cast<const IntVecAtAny*>(panel + 2 * kLanes);
     panel += 2 * kWidth;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const IntVec x = VQK_PAIR(z + 2 * (r * pairs + d));
+      const IntVec x = VQK_PAIR(z + 2 * r);
       sum0[r] = VQK_MADD(x, c0, sum0[r]);
       sum1[r] = VQK_MADD(x, c1, sum1[r]);
     }
+    z += 2 * kTileRows;
   }
   const Vec s0 = load(code_scale), s1 = load(code_scale + kLanes);
   const Vec h0 = load(half_norms), h1 = load(half_norms + kLanes);
@@ -41,16 +44,23 @@ VQK_INLINE void score_panel_integer(const int16_t* z, int64_t pairs, const float
   }
 }
 
-// A row [D] as integers [2 * pairs]; returns its scale, and through `error` a bound on |z - scale * integers|.
-VQK_INLINE float row_to_integers(const float* z, double norm, int64_t D, int64_t pairs, int16_t* to, double* error) {
-  if (2 * pairs > D) to[D] = 0;
+// Row i of the tiles, from floats [D]; returns its scale, and through `error` a bound on |z - scale * integers|.
+// `row`: room for D + 1 integers.
+VQK_INLINE float row_to_integers(const float* z, double norm, int64_t D, int16_t* row, int16_t* tiles, int i,
+                                 double* error) {
+  typedef uint32_t Pair __attribute__((aligned(2), may_alias));
+  const int64_t pairs = (D + 1) / 2;
+  Pair* to = reinterpret_cast<Pair*>(tiles) + i / kTileRows * pairs * kTileRows + i % kTileRows;
   if (!(norm >= 0x1p-100)) {  // its reciprocal might overflow
-    for (int64_t d = 0; d < D; ++d) to[d] = 0;
+    for (int64_t d = 0; d < pairs; ++d) to[d * kTileRows] = 0;
     *error = norm;
     return 0;
   }
   const float inverse = static_cast<float>(kRowLength / norm), scale = static_cast<float>(norm / kRowLength);
-  for (int64_t d = 0; d < D; ++d) to[d] = static_cast<int16_t>(__builtin_rintf(z[d] * inverse));
+  for (int64_t d = 0; d < D; ++d) row[d] = static_cast<int16_t>(__builtin_rintf(z[d] * inverse));
+  row[D] = 0;
+  const Pair* from = reinterpret_cast<const Pair*>(row);
+  for (int64_t d = 0; d < pairs; ++d) to[d * kTileRows] = from[d];
   // half a unit each; the reciprocal and the product round by less than 2^-22 * 32767 units
   *error = 0.51 * __builtin_sqrt(static_cast<double>(D)) * scale + norm * 0x1p-23;
   return scale;

@@ -137,7 +137,8 @@ VQK_INLINE void filter(Row& row, const float* minima, int64_t groups, uint32_t l
   }
 }
 
-// Rows of a task as the coarse pass takes them: [max(n, kTileRows), D] scaled floats, or integers and scales.
+// Rows of a task as the coarse pass takes them: [max(n, kTileRows), D] scaled floats, or whole tiles of integers
+// (see nearest_codeword_integer.h), the rows' scales beside them.
 struct CoarseRows {
   const float* z;
   const int16_t* integers;
@@ -173,7 +174,8 @@ static void coarse_pass(const Codebook& cb, const CoarseRows& z, Row* rows, int 
     const int64_t last = first + block < cb.panels_count ? first + block : cb.panels_count;
     const uint32_t lane = static_cast<uint32_t>(first / panels_per_group * groups_per_panel * kLanes);
     for (int done = 0; done < n; done += kTileRows) {
-      const int start = done + kTileRows <= n || n < kTileRows ? done : n - kTileRows;  // the last tile overlaps
+      // the last tile of floats overlaps the one before, that of integers is filled up
+      const int start = Integer || done + kTileRows <= n || n < kTileRows ? done : n - kTileRows;
       float* out = minima;
       for (int64_t p = first, in_group = 0; p < last; ++p) {
         Vec lo[kTileRows], hi[kTileRows];
@@ -212,10 +214,11 @@ VQK_INLINE unsigned lanes_within(const Codebook& cb, const CoarseRows& z, int64_
 #ifdef VQK_INTEGER
   if constexpr (Integer) {
     const int64_t pairs = (cb.D + 1) / 2;
-    const int16_t *c = cb.panels16 + panel * pairs * 2 * kWidth, *row = z.integers + i * 2 * pairs;
+    const int16_t* c = cb.panels16 + panel * pairs * 2 * kWidth;
+    const int16_t* row = z.integers + 2 * (i / kTileRows * pairs * kTileRows + i % kTileRows);
     IntVec sum0 = {}, sum1 = {};
     for (int64_t d = 0; d < pairs; ++d, c += 2 * kWidth) {
-      const IntVec x = VQK_PAIR(row + 2 * d);
+      const IntVec x = VQK_PAIR(row + 2 * d * kTileRows);
       sum0 = VQK_MADD(x, *reinterpret_cast<const IntVecAtAny*>(c), sum0);
       sum1 = VQK_MADD(x, *reinterpret_cast<const IntVecAtAny*>(c + 2 * kLanes), sum1);
     }
@@ -263,7 +266,8 @@ struct Scratch {
   int64_t* index;
   double* value;
   float* z;           // [n][D]
-  int16_t* integers;  // [n][D + 1]
+  int16_t* integers;  // [n, up to a whole tile][D + 1]
+  int16_t* row;       // [D + 1]
   char* gathered;     // [n][D] values of the rows `again`
   char* end;
 };
@@ -274,7 +278,7 @@ static Scratch carve(char* memory, int n, int64_t D) {
     pointer = reinterpret_cast<__typeof__(pointer)>(memory);
     memory += (count * sizeof(*pointer) + 63) / 64 * 64;
   };
-  const size_t rows = n < kTileRows ? kTileRows : n;
+  const size_t rows = (n + kTileRows - 1) / kTileRows * kTileRows;
   take(s.minima, kBlockVectors * kTileRows * kLanes);
   take(s.rows, kMaxRows);
   take(s.scale, kMaxRows);
@@ -284,6 +288,7 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.value, kMaxRows);
   take(s.z, rows * D);
   take(s.integers, rows * (D + 1));
+  take(s.row, D + 1);
   take(s.gathered, n * D * sizeof(double));
   s.end = memory;
   return s;
@@ -303,7 +308,7 @@ static double power_of_two_scale(double x) {
 template <class T, bool L2, bool Integer>
 static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, const Scratch& s, int64_t* index,
                        double* value) {
-  const int64_t D = cb.D, pairs = (D + 1) / 2;
+  const int64_t D = cb.D;
   constexpr bool kDouble = sizeof(T) == 8;
   bool in_place = !kDouble && (Integer || n >= kTileRows);
   double norms[kMaxRows];
@@ -347,8 +352,7 @@ static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, 
     if constexpr (Integer) {
       double error = 0;
       const bool usable = row.count == 0 && norms[i] < 0x1p120;
-      s.integer_scale[i] = row_to_integers(rows.z + i * D, usable ? norms[i] : 0.0, D, pairs, s.integers + 2 * pairs * i,
-                                           &error);
+      s.integer_scale[i] = row_to_integers(rows.z + i * D, usable ? norms[i] : 0.0, D, s.row, s.integers, i, &error);
       eps = integer_error_bound(D, norms[i], error, cb.norm, cb.integer_error, L2, underflow);
     }
 #endif
@@ -356,11 +360,13 @@ static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, 
     if (row.count == 0 && !(eps < 0x1p120)) row.count = kEveryCodeword;
     row.slack = cb.certified ? static_cast<float>(2 * eps) : 0.0f;
   }
-  if constexpr (Integer)
-    for (int i = n; i < kTileRows; ++i) {
-      s.integer_scale[i] = 0;
-      for (int64_t d = 0; d < 2 * pairs; ++d) s.integers[2 * pairs * i + d] = 0;
+#ifdef VQK_INTEGER
+  if constexpr (Integer)  // the last tile is filled up with zeros
+    for (int i = n; i % kTileRows; ++i) {
+      double error;
+      s.integer_scale[i] = row_to_integers(s.z, 0.0, D, s.row, s.integers, i, &error);
     }
+#endif
   if (cb.finite) coarse_pass<Integer>(cb, rows, s.rows, n, s.minima);
 
   Decision<T, L2> decision{z, static_cast<const T*>(cb.rows), D, index, value};
@@ -418,83 +424,4 @@ static void search(const Codebook& cb, const void* rows, const bool* skip, int n
   run(cb, rows, skip, n, scratch, index, value);
 }
 
-// ---------------------------------------------------------------- preparation
-
-template <class T>
-static Lengths pack_with(const Codebook& cb, int64_t first, int64_t last) {
-  const int64_t D = cb.D;
-  float *panels = const_cast<float*>(cb.panels), *half_norms = const_cast<float*>(cb.half_norms);
-  const T scale = static_cast<T>(cb.scale);
-  double largest = 0, lost = 0;
-  for (int64_t p = first; p < last; ++p) {
-    float* panel = panels + p * D * kWidth;
-    for (int j = 0; j < kWidth; ++j) {
-      const int64_t k = p * kWidth + j;
-      const T* row = static_cast<const T*>(cb.rows) + k * D;
-      double squares = k < cb.K ? sum_of_squares(row, D) * cb.scale * cb.scale : 0.0;
-      const bool usable = k < cb.K && (squares - squares == 0 || (sizeof(T) == 8 && all_finite(row, D)));
-      if (!usable) squares = 0;
-      for (int64_t d = 0; d < D; ++d)
-        panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
-      half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
-      if (squares > largest) largest = squares;
-#ifdef VQK_INTEGER
-      if (!cb.panels16) continue;
-      const double error = code_to_integers<T>(cb, k, __builtin_sqrt(squares), const_cast<int16_t*>(cb.panels16),
-                                               const_cast<float*>(cb.code_scales));
-      if (error > lost) lost = error;
-#endif
-    }
-  }
-  return {__builtin_sqrt(largest), lost};
-}
-
-static Lengths pack(const Codebook& cb, int64_t first, int64_t last) {
-  return (cb.is_double ? pack_with<double> : pack_with<float>)(cb, first, last);
-}
-
-static float float_from_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
-static void convert(const void* from, DType dtype, int64_t count, void* to) {
-  const uint16_t* half = static_cast<const uint16_t*>(from);
-  float* out = static_cast<float*>(to);
-  if (dtype == DType::bf16) {
-    for (int64_t i = 0; i < count; ++i) out[i] = float_from_bits(static_cast<uint32_t>(half[i]) << 16);
-  } else if (dtype == DType::f16) {
-    for (int64_t i = 0; i < count; ++i) {
-      // exponent and fraction moved into place, then 2^112 corrects the exponent's bias (subnormals too)
-      const float magnitude = float_from_bits((half[i] & 0x7fffu) << 13) * 0x1p112f;
-      uint32_t bits;
-      __builtin_memcpy(&bits, &magnitude, 4);
-      bits |= (half[i] & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
-      out[i] = float_from_bits(bits | (half[i] & 0x8000u) << 16);
-    }
-  } else {
-    __builtin_memcpy(to, from, count * (dtype == DType::f64 ? 8 : 4));
-  }
-}
-
-template <class T>
-static void normalize_with(const T* from, int64_t n, int64_t D, T* to) {
-  for (int64_t first = 0; first < n; first += kPairs) {
-    const T* rows[kPairs];
-    double squares[kPairs];
-    for (int i = 0; i < kPairs; ++i) rows[i] = from + (first + i < n ? first + i : first) * D;
-    canonical_costs<T, false>(rows, rows, D, squares);
-    for (int i = 0; i < kPairs && first + i < n; ++i) {
-      const double norm = __builtin_sqrt(-squares[i]);
-      T* out = to + (first + i) * D;
-      for (int64_t d = 0; d < D; ++d)
-        out[d] = norm == 0 ? T(0) : static_cast<T>(static_cast<double>(rows[i][d]) / norm);
-    }
-  }
-}
-
-static void normalize(const void* from, bool is_double, int64_t n, int64_t D, void* to) {
-  if (is_double) normalize_with(static_cast<const double*>(from), n, D, static_cast<double*>(to));
-  else normalize_with(static_cast<const float*>(from), n, D, static_cast<float*>(to));
-}
+#include "nearest_codeword_prepare.h"

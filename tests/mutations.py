@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # name: file, what stands there (a regular expression), what replaces it, the tests that should notice
 KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", "tests/test_gradients.py"
+SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "tests/test_layers_latent.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
@@ -67,6 +68,46 @@ MUTATIONS = {
         "vqkernels/layers/vector_quantize.py", r"_trainable\(commitment \*", "_trainable(3 * commitment *", LAYERS),
     "layer: commitment loss of topk times three": (
         "vqkernels/layers/vector_quantize.py", r"loss = commitment \* self", "loss = 3 * commitment * self", "tests/test_layers_differential.py"),
+    "SimVQ: rotation becomes straight-through": (
+        "vqkernels/layers/sim_vq.py", r'"rotation" if self\.rotation_trick', '"ste" if self.rotation_trick', SIMVQ),
+    "SimVQ: no gradient to the transform": (
+        "vqkernels/layers/sim_vq.py", r"self\.codebook\.to\(z\.dtype\)", "self.codebook.detach()", SIMVQ),
+    "SimVQ: input and codeword weigh the same in the loss": (
+        "vqkernels/layers/sim_vq.py", r"self\.estimator, self\.input_to_quantize_commit_loss_weight", "self.estimator, 1.0", SIMVQ),
+    "SimVQ: weight of the loss is ignored": (
+        "vqkernels/layers/sim_vq.py", r"out\.commitment_loss\) \* self\.commitment_weight", "out.commitment_loss)", SIMVQ),
+    "SimVQ: codes follow autocast": (
+        "vqkernels/layers/sim_vq.py", r"device\.type, enabled=False", "device.type, torch.bfloat16, torch.is_autocast_enabled('cpu')", SIMVQ),
+    "ResidualSimVQ: one estimator for the sum of the levels": (
+        "vqkernels/layers/residual_sim_vq.py", r"per_level=True", "per_level=False", SIMVQ),
+    "dropout: levels are not rounded up to a multiple": (
+        "vqkernels/layers/dropout.py", r"-\(-\(last \+ 1\) // multiple_of\) \* multiple_of", "last + 1", FSQ),
+    "FSQ: no gradient through the rounding": (
+        "vqkernels/layers/fsq.py", r"return rounded\.detach\(\) \+ .*", "return rounded.detach() + 0 * x", FSQ),
+    "FSQ: symmetric codes lose their scale": (
+        "vqkernels/layers/fsq.py", r"return 2\.0 / steps \* _straight", "return 2.0 / (steps + 1) * _straight", FSQ),
+    "FSQ: clamped codes lose their scale": (
+        "vqkernels/layers/fsq.py", r"_straight_through\(bounded, rounded\) / width", "_straight_through(bounded, rounded)", FSQ),
+    "FSQ: indices in half precision": (
+        "vqkernels/layers/fsq.py", r"zhat = at_least_float32\(zhat\)", "zhat = zhat.bfloat16()", FSQ),
+    "FSQ: codes are not rotated back": (
+        "vqkernels/layers/fsq.py", r"rotation\.T if back else rotation", "rotation", FSQ),
+    "FSQ: noise on half of the values": (
+        "vqkernels/layers/fsq.py", r"bernoulli_\(self\.noise_dropout\)", "bernoulli_()", FSQ),
+    "ResidualFSQ: levels do not refine": (
+        "vqkernels/layers/residual_fsq.py", r"levels\*\*-level", "levels**0", FSQ),
+    "ResidualFSQ: residual keeps its gradient": (
+        "vqkernels/layers/residual_fsq.py", r"residual - code\.detach\(\)", "residual - code", FSQ),
+    "LatentQuantize: the two losses are exchanged": (
+        "vqkernels/layers/latent_quantization.py", r"self\.commitment_loss_weight \* _mean_square", "self.quantization_loss_weight * _mean_square", LATENT),
+    "LatentQuantize: values move away from the features": (
+        "vqkernels/layers/latent_quantization.py", r"parameter\.grad = grad", "parameter.grad = -grad", LATENT),
+    "LatentQuantize: NaN counts in the loss": (
+        "vqkernels/layers/latent_quantization.py", r"torch\.where\(usable\.unsqueeze\(-1\), a - b, 0\.0\)", "(a - b)", LATENT),
+    "FSP: noise twice as wide as a level": (
+        "vqkernels/layers/finite_scalar_perturbation.py", r"/ \(2 \* self\._levels\)", "/ self._levels", LATENT),
+    "FSP: variance is biased": (
+        "vqkernels/layers/finite_scalar_perturbation.py", r"\(count - 1\)\.clamp", "count.clamp", "tests/test_layers_latent_differential.py"),
 }  # fmt: skip
 
 

@@ -434,7 +434,7 @@ def test_exports():
 
 def test_usage():
     layer = VectorQuantize(DIM, K)
-    with pytest.raises(RuntimeError, match="there was none yet"):
+    with pytest.raises(RuntimeError, match="there was none with indices"):
         layer.usage  # noqa: B018
     index = layer(torch.randn(2, 30, DIM), mask=torch.rand(2, 30) < 0.7)[1]
     use = layer.usage

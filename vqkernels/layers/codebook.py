@@ -38,6 +38,7 @@ class Codebook(nn.Module):
         use_cosine_sim: bool = False,
         sync_codebook: bool | None = None,
         sync_kmeans: bool = True,
+        vq_bridge: nn.Module | None = None,
     ):
         super().__init__()
         self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
@@ -54,6 +55,7 @@ class Codebook(nn.Module):
             nn.init.kaiming_uniform_(embed)
             if use_cosine_sim:
                 embed = normalize(embed)
+        self.vq_bridge = vq_bridge
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
@@ -88,11 +90,21 @@ class Codebook(nn.Module):
         return bool(self.ema_update or self.threshold_ema_dead_code)
 
     def codewords(self, dtype: torch.dtype, snapshot: bool) -> Tensor:
-        """``[H, K, D]`` in the precision of the computation. ``snapshot``: a copy, because the EMA step of this very
-        forward rewrites ``embed`` before backward reads it."""
+        """What vectors are compared with and replaced by: ``[H, K, D]``, in the precision of the computation.
+
+        ``snapshot``: a copy, because the EMA step of this very forward rewrites ``embed`` before backward reads it.
+        """
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         embed = embed.to(dtype)
-        return embed.clone() if snapshot else embed
+        embed = embed.clone() if snapshot else embed
+        if self.vq_bridge is not None:
+            with torch.autocast(embed.device.type, enabled=False):
+                embed = self.vq_bridge(embed).to(dtype)
+        # EMA leaves unit vectors, a gradient step does not
+        return normalize(embed) if self.use_cosine_sim and self.learnable_codebook and not self.ema_update else embed
+
+    def observe(self, z: Tensor, mask: Tensor | None) -> None:
+        """Sees z ``[H, N, D]``, mask ``[H, N]`` before the codewords are asked for; nothing to do here."""
 
     # k-means start
 

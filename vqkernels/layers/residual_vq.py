@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import CodebookUsage, residual_quantize, rotation_trick
+from ..ops import CodebookUsage, residual_quantize
+from .affine import AffineCodebook
 from .beam_search import beam_search
-from .codebook import normalize
+from .choice import Chosen, Sampling, choose, directional_reparam
 from .dropout import check_dropout, common_seed, draw_levels
 from .implicit_codebook import ImplicitCodebook
-from .search import nearest_k, similarities
+from .losses import cross_entropy, mean_square, trainable
+from .search import similarities
 from .tokens import Layout, at_least_float32, lookup
-from .vector_quantize import VectorQuantize, _trainable
-
-_DIVEQ_VARIANCE = 5e-3
+from .vector_quantize import VectorQuantize
 
 
 class ResidualVQ(nn.Module):
@@ -122,9 +122,9 @@ class ResidualVQ(nn.Module):
         if implicit_neural_codebook or diveq:
             vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
         if diveq:
-            vq_kwargs |= {"commitment_weight": 0.0}
+            vq_kwargs |= {"commitment_weight": 0.0, "route_gradients_to_input": False}
         if shared_codebook:
-            vq_kwargs |= {"manual_ema_update": True}
+            vq_kwargs |= {"manual_ema_update": True, "manual_in_place_optimizer_update": True}
         self.layers = nn.ModuleList(
             VectorQuantize(dim=self.codebook_dim, codebook_size=size, **vq_kwargs) for size in sizes
         )
@@ -168,7 +168,8 @@ class ResidualVQ(nn.Module):
         indices = F.pad(indices, (0, missing), value=-1)
         codes, total = [], 0.0
         for level, index in enumerate(indices.unbind(-1)):
-            codes.append(self._lookup(level, self.layers[level]._codebook.embed[0], index, total))
+            codebook = self.layers[level]._codebook
+            codes.append(self._lookup(level, codebook.codewords(codebook.embed.dtype, snapshot=False)[0], index, total))
             total = total + codes[-1]
         return torch.stack(codes)
 
@@ -235,13 +236,17 @@ class ResidualVQ(nn.Module):
             entropy = self._cross_entropy(z, targets.flatten(0, -2), flat_mask)
 
         levels = self.num_quantizers if indices is not None else self._draw_levels(rand_quantize_dropout_fixed_seed)
-        if beam > 1 or self.mlps is not None:
-            quantized, index, losses = self._searched(z, flat_mask, levels, frozen, beam)
+        if beam > 1 or (self.mlps is not None and self.layers[0].plain):
+            quantized, index, losses = self._searched(z, flat_mask, levels, frozen, lead, beam, sample_codebook_temp)
+        elif self._one_pass(z):
+            quantized, index, losses = self._all_levels(z, flat_mask, levels, frozen)
         else:
-            run = self._all_levels if self._one_pass(z) else self._level_by_level
-            quantized, index, losses = run(z, flat_mask, levels, frozen)
+            run = self._level_by_level(z.reshape(*lead, -1), mask, levels, frozen, sample_codebook_temp)
+            quantized, index, losses = run
         if self.diveq and self.training:
-            quantized = _towards(z, quantized, index[:, 0] >= 0)
+            usable = index[:, :1] >= 0
+            moved = directional_reparam(torch.where(usable, z, 0.0), torch.where(usable, quantized, 0.0))
+            quantized = torch.where(usable, moved, quantized.detach())
         quantized = self._output(quantized, tokens, mask)
         if entropy is not None:
             return quantized, entropy
@@ -269,7 +274,8 @@ class ResidualVQ(nn.Module):
         """Whether the fused kernel computes what the levels would, one after the other."""
         first = self.layers[0]
         # the cosine codebook compares normalized residuals, has its loss there too, but subtracts from the plain ones
-        plain = not first.use_cosine_sim and (self.diveq or not self.quant_grad_frac)
+        plain = first.plain and not first.use_cosine_sim
+        plain = plain and (self.diveq or (first.route_gradients_to_input and not self.quant_grad_frac))
         to_input = self.diveq or not first.learnable_codebook or (self.training and z.requires_grad)
         return plain and to_input and not any(layer._codebook.needs_init for layer in self.layers)
 
@@ -313,77 +319,120 @@ class ResidualVQ(nn.Module):
         commitment = out.commitment_loss
         if by_loss:
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
-        return quantized, out.indices, _trainable(commitment * max(first.commitment_weight, 0.0))
+        return quantized, out.indices, trainable(commitment * max(first.commitment_weight, 0.0))
 
-    def _level_by_level(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
-        """As :meth:`_all_levels`, through the layers themselves."""
-        inputs, indices, losses, residual, quantized = [], [], [], z, 0.0
-        for layer in self.layers[:levels]:
-            inputs.append(residual.detach())
-            code, index, loss = layer(residual, mask=mask, freeze_codebook=frozen)
-            quantized = quantized + code
+    def _level_by_level(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool, temperature: float | None):
+        """As :meth:`_all_levels`, through the layers themselves; z ``[..., D]``."""
+        inputs, indices, losses, residual, quantized = [], [], [], z, torch.zeros_like(z)
+        for level, layer in enumerate(self.layers[:levels]):
+            inputs.append(residual.detach().reshape(-1, self.codebook_dim))
+            code, index, loss = layer(
+                residual,
+                mask=mask,
+                sample_codebook_temp=temperature,
+                freeze_codebook=frozen,
+                codebook_transform_fn=self._transform(level, quantized),
+            )
             residual = residual - self._passed_back(code)
-            indices.append(index)
+            quantized = quantized + code
+            indices.append(index.flatten())
             losses.append(loss)
         index = torch.stack(indices, -1)
         if self.training and not frozen and self.shared_codebook:
             self._update_shared(inputs, index)
-        return quantized, index, torch.stack(losses)
+        return quantized.reshape(-1, self.codebook_dim), index, torch.stack(losses)
+
+    def _transform(self, level: int, total: Tensor):
+        """For ``codebook_transform_fn``: the candidates ``[1, B, N, K, D]`` of a level's tokens."""
+        if self.mlps is None or level == 0:
+            return None
+        condition = total.reshape(1, total.shape[0], -1, 1, total.shape[-1])
+        return lambda codebook: self.mlps[level - 1](codebook[:, None, None], condition)
 
     # levels whose codes are searched first, all of them; then losses, gradients and EMA steps follow for these codes
 
-    def _searched(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool, beam: int):
+    def _searched(
+        self,
+        z: Tensor,
+        mask: Tensor | None,
+        levels: int,
+        frozen: bool,
+        lead: torch.Size,
+        beam: int,
+        temperature: float | None,
+    ):
         """As :meth:`_all_levels`, by beam search and with implicit codebooks."""
+        if beam > 1:
+            self._check_beam()
         self._init_levels(z, mask)
         usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
         hole = torch.nan if mask is None else torch.where(mask.unsqueeze(-1), torch.nan, 0.0)
         z = torch.where(usable.unsqueeze(-1), z, 0.0)
-        proposals = [self._proposals(level, z.dtype, beam) for level in range(levels)]
-        chosen = beam_search(z, proposals, self.beam_score_weights, beam)
-        chosen = torch.where(usable.unsqueeze(-1), chosen, -1)
+        first = self.layers[0]
+        temperature = first.sample_codebook_temp if temperature is None else temperature
+        sampling = first.choose.sampling(self.training, temperature, True)
+        proposals = [self._proposals(level, z.dtype, beam, sampling) for level in range(levels)]
+        indices = beam_search(z, proposals, self.beam_score_weights, beam)
+        indices = torch.where(usable.unsqueeze(-1), indices, -1)
 
         updating = self.training and not frozen
-        inputs, losses, residual, quantized = [], [], z, torch.zeros_like(z)
-        for level, (layer, index) in enumerate(zip(self.layers, chosen.unbind(-1), strict=False)):
-            book = layer._codebook.codewords(z.dtype, snapshot=updating)[0]
-            code = self._lookup(level, book, index, quantized)
-            vector = normalize(residual) if layer.use_cosine_sim else residual
-            target = code if layer.trains_by_loss(frozen) else code.detach()
-            losses.append((target - vector).square().mean(-1).sum() / usable.sum().clamp(min=1))
-            if self.training and vector.requires_grad and not self.diveq:
-                code = rotation_trick(vector, code, layer.estimator)
+        inputs, losses, errors, residual, quantized = [], [], [], z, torch.zeros_like(z)
+        for level, layer in enumerate(self.layers[:levels]):
+            index, vector = indices[:, level].unsqueeze(0), layer._vectors(residual)
+            embed = layer._codebook.codewords(z.dtype, snapshot=self.training)
+            code = self._lookup(level, embed[0], index, quantized)
+            similarity = None
+            if self.mlps is not None and level > 0 and layer.codebook_diversity_loss_weight > 0.0:
+                similarity = -self.mlps[level - 1].distances(vector, embed, quantized)
+            routed = self.training and vector.requires_grad and layer.route_gradients_to_input
+            passed = layer.choose._pass_gradient(vector, code, routed)
+            error = mean_square(vector, code.detach(), usable), mean_square(vector.detach(), code, usable)
             if updating:
-                layer._codebook.update(vector.detach().unsqueeze(0), index.unsqueeze(0))
-            if not torch.compiler.is_exporting():
-                layer._last_indices = index.unsqueeze(0)
-            inputs.append(vector.detach())
-            quantized = quantized + code
-            residual = residual - self._passed_back(code)
+                layer._codebook.update(vector.detach(), index)
+            chosen = Chosen(passed, index, *error, similarity)
+            loss, _ = layer._losses(vector, embed, None, chosen, layer.trains_by_loss(frozen), lead, None)
+            layer._remember(index)
+            if self.training and layer.sync_update_v > 0.0:
+                passed = passed + layer.sync_update_v * (passed - passed.detach())
+            inputs.append(vector[0].detach())
+            losses.append(loss)
+            errors.append(error[0].detach())
+            quantized, residual = quantized + passed[0], residual - self._passed_back(passed[0])
         if updating and self.shared_codebook:
-            self._update_shared(inputs, chosen)
+            self._update_shared(inputs, indices)
         quantized = torch.where(usable.unsqueeze(-1), quantized, hole)
-        commitment = torch.stack(losses) * max(self.layers[0].commitment_weight, 0.0)
-        if self.training:
-            return quantized, chosen, _trainable(commitment)
-        # in evaluation a beam search still reports the levels' errors, as in vector-quantize-pytorch
-        return quantized, chosen, commitment.detach() if beam > 1 else torch.zeros_like(commitment)
+        if beam > 1 and not self.training:  # a beam search reports the errors in evaluation, too
+            weight = self.layers[0].commitment_weight
+            losses = [error * weight if self.layers[0].has_commitment_loss else error for error in errors]
+        return quantized, indices, torch.stack(losses)
 
-    def _proposals(self, level: int, dtype: torch.dtype, count: int):
+    def _check_beam(self) -> None:
+        first = self.layers[0]
+        wrong = {
+            "straight_through=True": first.straight_through,
+            "estimator='gumbel'": first.estimator == "gumbel",
+            "affine_param=True": isinstance(first._codebook, AffineCodebook),
+            "commitment_use_cross_entropy_loss=True": self.training and first.commitment_use_cross_entropy_loss,
+            "in_place_codebook_optimizer": self.training and first.in_place_codebook_optimizer is not None,
+        }
+        if any(wrong.values()):
+            names = ", ".join(name for name, found in wrong.items() if found)
+            raise ValueError(f"ResidualVQ: a beam search cannot go with {names}; leave it out, or use beam_size=1")
+
+    def _proposals(self, level: int, dtype: torch.dtype, count: int, sampling: Sampling):
         """The best codewords of a level for a beam search."""
         layer, mlp = self.layers[level], self.mlps[level - 1] if self.mlps is not None and level > 0 else None
-        book = layer._codebook.codewords(dtype, snapshot=False)[0].detach()
-        metric = "dot" if layer.use_cosine_sim else "l2"
+        book = layer._codebook.codewords(dtype, snapshot=False).detach()
+        metric, k = "dot" if layer.use_cosine_sim else "l2", min(count, layer.codebook_size)
 
         def propose(residual: Tensor, total: Tensor):
-            vector, k = normalize(residual) if layer.use_cosine_sim else residual, min(count, len(book))
+            vector = layer._vectors(residual)
             if mlp is None:
-                index = nearest_k(vector, book, k, metric)
+                index = choose(vector, book, metric, k, sampling).indices[0]
             else:
-                rows = mlp.rows_at_a_time(len(book))
-                parts = zip(vector.split(rows), total.split(rows), strict=True)
-                index = torch.cat([mlp.distances(v, book, t).topk(k, largest=False).indices for v, t in parts])
-            code = self._lookup(level, book, index, total.unsqueeze(1))
-            return index, code, (code - vector.unsqueeze(1)).double().square().sum(-1)
+                index = mlp.nearest(vector[0], book[0], total, k, sampling)
+            code = self._lookup(level, book[0], index, total.unsqueeze(1))
+            return index, code, (code - vector[0].unsqueeze(1)).double().square().sum(-1)
 
         return propose
 
@@ -396,9 +445,8 @@ class ResidualVQ(nn.Module):
         residual = torch.where(usable.unsqueeze(-1), z, 0.0)
         total = torch.zeros_like(residual)
         for level, layer in enumerate(self.layers):
-            vector = normalize(residual) if layer.use_cosine_sim else residual
-            layer._codebook.init_(vector.unsqueeze(0), usable.unsqueeze(0))
-            code = self._proposals(level, z.dtype, 1)(residual, total)[1][:, 0]
+            layer._codebook.init_(layer._vectors(residual), usable.unsqueeze(0))
+            code = self._proposals(level, z.dtype, 1, Sampling())(residual, total)[1][:, 0]
             residual, total = residual - code, total + code
 
     def _cross_entropy(self, z: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -412,15 +460,14 @@ class ResidualVQ(nn.Module):
         total, entropy = torch.zeros_like(residual), 0.0
         for level, (layer, target) in enumerate(zip(self.layers, targets.unbind(-1), strict=True)):
             target = torch.where(usable, target, -1)
-            book = layer._codebook.codewords(z.dtype, snapshot=self.training)[0]
-            vector = normalize(residual) if layer.use_cosine_sim else residual
+            book = layer._codebook.codewords(z.dtype, snapshot=self.training)
+            vector = layer._vectors(residual)
             if self.mlps is None or level == 0:
                 logits = similarities(vector, book, "dot" if layer.use_cosine_sim else "l2")
             else:
                 logits = -self.mlps[level - 1].distances(vector, book, total)
-            counted = (target >= 0).sum().clamp(min=1)
-            entropy = entropy + F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / counted
-            code = self._lookup(level, book, target, total)
+            entropy = entropy + cross_entropy(logits[0], target)
+            code = self._lookup(level, book[0], target, total)
             residual, total = residual - self._passed_back(code), total + code
         return entropy
 
@@ -433,14 +480,6 @@ class ResidualVQ(nn.Module):
         codebook = self.layers[0]._codebook
         if codebook.ema_update:
             codebook.update_ema()
+        self.layers[0].update_in_place_optimizer()
         if codebook.threshold_ema_dead_code:
             codebook.expire_(torch.cat(inputs).unsqueeze(0), indices.mT.reshape(1, -1))
-
-
-def _towards(z: Tensor, code: Tensor, usable: Tensor) -> Tensor:
-    """DiVeQ: z moved by its distance from the code, in a direction that is nearly the code's."""
-    usable = usable.unsqueeze(-1)
-    start = torch.where(usable, z, 0.0)
-    error = torch.where(usable, code, 0.0) - start
-    direction = F.normalize(error + _DIVEQ_VARIANCE**0.5 * torch.randn_like(error), dim=-1, eps=1e-6).detach()
-    return torch.where(usable, start + direction * error.norm(dim=-1, keepdim=True), code.detach())

@@ -8,19 +8,23 @@ from torch import Tensor
 _CHUNK = 1 << 22  # scores held at a time
 
 
+def chunk_rows(z: Tensor, scores: int) -> int:
+    """Rows of z per chunk, of so many scores each. A compiled graph has one chunk: it must fit every batch size."""
+    return max(1, len(z) if torch.compiler.is_compiling() else _CHUNK // scores)
+
+
 @torch.no_grad()
-def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | None) -> Tensor:
+def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str) -> Tensor:
     """The k nearest codewords of every vector, nearest first: z ``[N, D]``, codebook ``[K, D]`` -> int64 ``[N, k]``.
 
     A coarse float32 pass keeps more than k candidates; these are ordered by their distance in float64, exact ties by
-    index. Masked and non-finite rows get -1.
+    index.
     """
     K, D = codebook.shape
     pool = min(K, 2 * k + 8)
-    rows = max(1, _CHUNK // max(K, 2 * pool * D))
     found = []
     with torch.autocast(z.device.type, enabled=False):
-        for part in z.split(rows):
+        for part in z.split(chunk_rows(z, max(K, 2 * pool * D))):
             score = part @ codebook.T
             if metric == "l2":
                 score = 2.0 * score - codebook.square().sum(-1)
@@ -28,9 +32,7 @@ def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str, mask: Tensor | N
             codes, vector = codebook[candidates].double(), part.unsqueeze(-2).double()
             exact = (codes - vector).square().sum(-1) if metric == "l2" else -(codes * vector).sum(-1)
             found.append(candidates.gather(-1, exact.sort(dim=-1, stable=True).indices[:, :k]))
-    usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
-    index = torch.cat(found) if found else torch.empty(0, k, dtype=torch.int64, device=z.device)
-    return torch.where(usable.unsqueeze(-1), index, -1)
+    return torch.cat(found)
 
 
 def similarities(z: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,42 @@ class Layout:
                 "True takes part"
             )
         return mask
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the features of a token are split among codebooks: tokens ``[B, ..., heads, *]`` <-> vectors ``[H, N, *]``.
+
+    With a codebook per head H is the number of heads. Heads that share one are more vectors of it, in the order sample,
+    head, position, in which vector-quantize-pytorch draws its noise for them, too.
+    """
+
+    count: int
+    dim: int
+    separate: bool
+
+    def split(self, t: Tensor, features: int = 1) -> Tensor:
+        """``features``: the number of dimensions after the heads."""
+        lead, rest = t.shape[: t.dim() - 1 - features], t.shape[t.dim() - features :]
+        t = t.reshape(lead[0], math.prod(lead[1:]), self.count, *rest)
+        if self.separate:
+            return t.movedim(2, 0).reshape(self.count, math.prod(lead), *rest)
+        return t.transpose(1, 2).reshape(1, math.prod(lead) * self.count, *rest)
+
+    def merge(self, t: Tensor, lead: torch.Size) -> Tensor:
+        """``[H, N, *]`` -> ``[*lead, heads, *]``."""
+        positions = math.prod(lead[1:])
+        if self.separate:
+            t = t.reshape(self.count, lead[0], positions, *t.shape[2:]).movedim(0, 2)
+        else:
+            t = t.reshape(lead[0], self.count, positions, *t.shape[2:]).transpose(1, 2)
+        return t.reshape(*lead, *t.shape[2:])
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of tokens as one of vectors ``[H, N]``."""
+        if mask is None:
+            return None
+        return self.split(mask.unsqueeze(-1).expand(*mask.shape, self.count), features=0)
 
 
 def features_last(owner: str, x: Tensor, dim: int, channel_first: bool) -> Tensor:

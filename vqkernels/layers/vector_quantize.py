@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..ops import CodebookUsage, codebook_usage, rotation_trick, vector_quantize
+from .affine import AffineCodebook
+from .choice import Chooser, Chosen
 from .codebook import Codebook, normalize
-from .search import nearest_k, similarities
-from .tokens import Layout, lookup, reject_unsupported
-
-# constructor options of vector-quantize-pytorch that this version does not have, with their defaults
-UNSUPPORTED = {
-    "commitment_use_cross_entropy_loss": False,
-    "orthogonal_reg_weight": 0.0,
-    "orthogonal_reg_active_codes_only": False,
-    "orthogonal_reg_max_codes": None,
-    "codebook_diversity_loss_weight": 0.0,
-    "codebook_diversity_temperature": 100.0,
-    "stochastic_sample_codes": False,
-    "sample_codebook_temp": 1.0,
-    "straight_through": False,
-    "directional_reparam": False,
-    "directional_reparam_variance": 5e-3,
-    "sync_affine_param": False,
-    "vq_bridge": None,
-    "in_place_codebook_optimizer": None,
-    "manual_in_place_optimizer_update": False,
-    "affine_param": False,
-    "affine_param_batch_decay": 0.99,
-    "affine_param_codebook_decay": 0.9,
-    "sync_update_v": 0.0,
-    "route_gradients_to_input": True,
-}
+from .losses import LossBreakdown, cross_entropy, diversity_loss, orthogonal_loss, trainable, used_codes
+from .options import check_options, estimator_name
+from .search import similarities
+from .tokens import Heads, Layout, lookup
+from .usage import RemembersIndices
 
 
-class LossBreakdown(NamedTuple):
-    """The unweighted parts of the loss; the last three belong to options that this version does not have and are 0."""
-
-    commitment: Tensor
-    codebook_diversity: Tensor
-    orthogonal_reg: Tensor
-    inplace_optimize: Tensor
-
-
-class VectorQuantize(nn.Module):
+class VectorQuantize(RemembersIndices, nn.Module):
     """Quantizes vectors to the nearest of K codewords, and trains the codewords by EMA or by gradient.
 
     Constructor names, order and defaults, the arguments and results of ``forward`` and the keys of ``state_dict`` are
-    those of ``vector_quantize_pytorch.VectorQuantize``; docs/migrating.md lists what differs on purpose. An option that
-    this version does not have raises ValueError when set.
+    those of ``vector_quantize_pytorch.VectorQuantize``; docs/migrating.md lists what differs on purpose.
 
     Args:
         dim: features of the input.
@@ -68,16 +40,38 @@ class VectorQuantize(nn.Module):
         use_cosine_sim: unit vectors, largest dot product.
         threshold_ema_dead_code: running count under which a codeword moves onto a random row of the batch; 0: never.
         channel_last, accept_image_fmap, accept_3d_fmap: layout of the input.
-        commitment_weight: weight of the commitment loss.
-        learnable_codebook: codewords are a parameter trained by the loss; EMA is then off.
+        commitment_weight, commitment_use_cross_entropy_loss: weight of the commitment loss; the second makes it the
+            cross entropy of the similarities against the chosen codes.
+        orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: weight of the mean squared
+            cosine between codewords; of those the batch chose, of a random choice of them.
+        codebook_diversity_loss_weight, codebook_diversity_temperature: weight of minus the entropy of the codes.
+        stochastic_sample_codes, sample_codebook_temp: in training draw the code with probabilities
+            softmax(similarity / temperature).
+        straight_through: the gradient of softmax(similarity / temperature) in place of the choice. As in
+            vector-quantize-pytorch the identity replaces it wherever gradients are routed to the input;
+            ``estimator="gumbel"`` does what the name promises.
         rotation_trick: rotation trick (default for dim > 1) or straight-through gradient.
+        directional_reparam, directional_reparam_variance: DiVeQ: in training the output lies beside the codeword, and
+            its gradient trains the codewords, with no commitment loss.
         sync_codebook, sync_kmeans: None or True: processes of the default group share statistics; False: they do not.
-        manual_ema_update: ``_codebook.update_ema()`` is left to the caller.
+        ema_update, manual_ema_update: train by EMA; ``_codebook.update_ema()`` is left to the caller.
+        vq_bridge: module that maps the codewords ``[H, K, D]`` before every use (FVQ).
+        learnable_codebook: codewords are a parameter trained by the loss; EMA is then off.
+        in_place_codebook_optimizer, manual_in_place_optimizer_update: a function of parameters that gives an optimizer,
+            which makes one step on the codewords inside every training forward, or waits for
+            ``update_in_place_optimizer()``.
+        affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: codewords follow the
+            mean and variance of the input; see :class:`AffineCodebook`.
+        sync_update_v: adds this share of the output's gradient to the codewords once more (synchronous update rule).
         return_zeros_for_masked_padding: masked tokens come back as 0 (default) or as they came.
-        estimator: "rotation", "reflection" or "ste"; None follows ``rotation_trick``. Not in vector-quantize-pytorch.
+        route_gradients_to_input: False: the output passes no gradient to the input.
+        estimator: "rotation", "reflection", "ste" or "gumbel"; None follows the options above. "gumbel" is the
+            straight-through Gumbel-softmax with temperature t = ``sample_codebook_temp``: with similarities s and noise
+            g the code is argmax(s + g), the output its codeword, the gradient that of sum_k softmax((s + g) / t)_k c_k;
+            in evaluation the nearest codeword. Not in vector-quantize-pytorch.
 
     Raises:
-        ValueError: an option not supported yet, options that exclude each other.
+        ValueError: options that exclude each other.
     """
 
     def __init__(
@@ -100,64 +94,87 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: bool = False,
         accept_3d_fmap: bool = False,
         commitment_weight: float = 1.0,
-        commitment_use_cross_entropy_loss=False,
-        orthogonal_reg_weight=0.0,
-        orthogonal_reg_active_codes_only=False,
-        orthogonal_reg_max_codes=None,
-        codebook_diversity_loss_weight=0.0,
-        codebook_diversity_temperature=100.0,
-        stochastic_sample_codes=False,
-        sample_codebook_temp=1.0,
-        straight_through=False,
+        commitment_use_cross_entropy_loss: bool = False,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_active_codes_only: bool = False,
+        orthogonal_reg_max_codes: int | None = None,
+        codebook_diversity_loss_weight: float = 0.0,
+        codebook_diversity_temperature: float = 100.0,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 1.0,
+        straight_through: bool = False,
         rotation_trick: bool | None = None,
-        directional_reparam=False,
-        directional_reparam_variance=5e-3,
+        directional_reparam: bool = False,
+        directional_reparam_variance: float = 5e-3,
         sync_codebook: bool | None = None,
-        sync_affine_param=False,
+        sync_affine_param: bool = False,
         ema_update: bool | None = None,
-        vq_bridge=None,
+        vq_bridge: nn.Module | None = None,
         manual_ema_update: bool = False,
         learnable_codebook: bool | None = None,
-        in_place_codebook_optimizer=None,
-        manual_in_place_optimizer_update=False,
-        affine_param=False,
-        affine_param_batch_decay=0.99,
-        affine_param_codebook_decay=0.9,
-        sync_update_v=0.0,
+        in_place_codebook_optimizer: Callable[..., Optimizer] | None = None,
+        manual_in_place_optimizer_update: bool = False,
+        affine_param: bool = False,
+        affine_param_batch_decay: float = 0.99,
+        affine_param_codebook_decay: float = 0.9,
+        sync_update_v: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
-        route_gradients_to_input=True,
+        route_gradients_to_input: bool = True,
         *,
         estimator: str | None = None,
     ):
-        given = dict(locals())
         super().__init__()
-        reject_unsupported("VectorQuantize", given, UNSUPPORTED)
-        learnable = bool(learnable_codebook)
-        ema_update = not learnable if ema_update is None else ema_update
-        if learnable and ema_update:
-            raise ValueError(
-                "VectorQuantize: learnable_codebook=True and ema_update=True train one codebook twice; choose one"
-            )
-        if learnable and use_cosine_sim:
-            raise ValueError(
-                "VectorQuantize: learnable_codebook=True is not supported with use_cosine_sim=True; use EMA"
-            )
-        if threshold_ema_dead_code < 0 or not 0.0 <= decay <= 1.0:
-            raise ValueError(
-                f"VectorQuantize: decay={decay!r}, threshold_ema_dead_code={threshold_ema_dead_code!r}; "
-                "expected decay in [0, 1] and a threshold >= 0"
-            )
-        self.estimator = _estimator(estimator, rotation_trick, dim)
+        bridged = vq_bridge is not None
+        learnable = directional_reparam or bridged if learnable_codebook is None else learnable_codebook
+        ema_update = not (learnable or directional_reparam or bridged) if ema_update is None else ema_update
+        check_options(
+            learnable=learnable,
+            ema_update=ema_update,
+            bridged=bridged,
+            decay=decay,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            directional_reparam=directional_reparam,
+            straight_through=straight_through,
+            sync_update_v=sync_update_v,
+            affine_param=affine_param,
+            use_cosine_sim=use_cosine_sim,
+            has_parameter=learnable or orthogonal_reg_weight > 0.0,
+            in_place=in_place_codebook_optimizer is not None,
+        )
+        self.estimator = estimator_name(estimator, rotation_trick, straight_through, directional_reparam, dim)
         self.rotation_trick = self.estimator == "rotation"
+        self.choose = Chooser(
+            "dot" if use_cosine_sim else "l2",
+            self.estimator,
+            stochastic_sample_codes,
+            straight_through,
+            directional_reparam_variance,
+            route_gradients_to_input,
+        )
 
         self.dim, self.heads, self.codebook_size = dim, heads, codebook_size
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.separate_codebook_per_head = separate_codebook_per_head
+        self.usage_dim = 0 if separate_codebook_per_head else None
         self.layout = Layout.of("VectorQuantize", dim, channel_last, accept_image_fmap, accept_3d_fmap)
+        self.split_heads = Heads(heads, self.codebook_dim, separate_codebook_per_head)
         self.channel_last, self.accept_image_fmap, self.accept_3d_fmap = channel_last, accept_image_fmap, accept_3d_fmap
         self.use_cosine_sim, self.learnable_codebook = use_cosine_sim, learnable
         self.commitment_weight, self.freeze_codebook = commitment_weight, freeze_codebook
+        self.has_commitment_loss = commitment_weight > 0.0 and not directional_reparam
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.orthogonal_reg_weight = orthogonal_reg_weight
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
+        self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
+        self.codebook_diversity_temperature = codebook_diversity_temperature
+        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
+        self.straight_through = straight_through
+        self.directional_reparam = directional_reparam
+        self.directional_reparam_variance = directional_reparam_variance
+        self.sync_update_v, self.route_gradients_to_input = sync_update_v, route_gradients_to_input
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
 
         inner = self.codebook_dim * heads
         self.has_projections = inner != dim
@@ -167,7 +184,8 @@ class VectorQuantize(nn.Module):
             if layernorm_after_project_in:
                 self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
             self.project_out = nn.Linear(inner, dim)
-        self._codebook = Codebook(
+        affine = (sync_affine_param, affine_param_batch_decay, affine_param_codebook_decay)
+        self._codebook = (partial(AffineCodebook, affine) if affine_param else Codebook)(
             self.codebook_dim,
             codebook_size,
             heads if separate_codebook_per_head else 1,
@@ -176,17 +194,24 @@ class VectorQuantize(nn.Module):
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
             threshold_ema_dead_code=threshold_ema_dead_code,
-            learnable_codebook=learnable,
+            learnable_codebook=learnable or orthogonal_reg_weight > 0.0,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             use_cosine_sim=use_cosine_sim,
             sync_codebook=sync_codebook,
             sync_kmeans=sync_kmeans,
+            vq_bridge=vq_bridge,
         )
-        self._last_indices: Tensor | None = None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_last_indices": None}
+        self.in_place_codebook_optimizer = None
+        if in_place_codebook_optimizer is not None:
+            self.in_place_codebook_optimizer = in_place_codebook_optimizer(self._codebook.parameters())
+        # nothing but search, estimator and commitment loss: what ResidualVQ may do for all levels at once
+        self.plain = not (
+            any((commitment_use_cross_entropy_loss, stochastic_sample_codes, straight_through, directional_reparam))
+            or any((bridged, affine_param, sync_update_v, self.estimator == "gumbel"))
+            or max(orthogonal_reg_weight, codebook_diversity_loss_weight) > 0.0
+            or self.in_place_codebook_optimizer is not None
+        )
 
     # codebook
 
@@ -205,22 +230,6 @@ class VectorQuantize(nn.Module):
         with torch.no_grad():
             self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes.unsqueeze(0))
 
-    @property
-    def usage(self) -> CodebookUsage:
-        """Counts, used fraction, entropy, perplexity and dead codewords of the last forward; one row per codebook with
-        ``separate_codebook_per_head``. Computed when asked for; ``forward`` only keeps its indices.
-
-        Raises:
-            RuntimeError: there was no forward yet.
-        """
-        if self._last_indices is None:
-            raise RuntimeError(
-                "VectorQuantize.usage describes the last forward, and there was none yet; call the layer first"
-            )
-        if self.separate_codebook_per_head:
-            return codebook_usage(self._last_indices, self.codebook_size, dim=0)
-        return codebook_usage(self._last_indices, self.codebook_size)
-
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them -> codewords in the layout of the input; index -1 gives zeros."""
         return self.layout.from_tokens(self._codes(indices))
@@ -232,39 +241,21 @@ class VectorQuantize(nn.Module):
         return self.layout.from_tokens(output)
 
     def _codes(self, indices: Tensor) -> Tensor:
-        embed = self._codebook.embed
+        embed = self._codebook.codewords(self._codebook.embed.dtype, snapshot=False)
         if self.heads == 1:
             return lookup(embed[0], indices)
         if self.separate_codebook_per_head:
             return torch.cat([lookup(book, index) for book, index in zip(embed, indices.unbind(-1), strict=True)], -1)
         return lookup(embed[0], indices).flatten(-2)
 
-    # tokens [..., heads D] <-> vectors per codebook [H, N, D]
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        """Per-codebook vectors, float32 or float64, on the unit sphere for the cosine codebook."""
+    def _vectors(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[..., heads D]`` -> ``[H, N, D]``, float32 or float64, unit vectors for the cosine codebook."""
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-        z = self._per_codebook(tokens.unflatten(-1, (self.heads, self.codebook_dim)))
+        z = self.split_heads.split(tokens.unflatten(-1, (self.heads, self.codebook_dim)))
         if not self.use_cosine_sim:
             return z
         finite = z.isfinite().all(-1, keepdim=True)  # kept away from the norm, whose gradient would turn 0 into NaN
         return torch.where(finite, normalize(torch.where(finite, z, 0.0)), torch.nan)
-
-    def _per_codebook(self, t: Tensor, features: int = 1) -> Tensor:
-        """``[..., heads, *]`` -> ``[H, N, *]``; heads that share the codebook are more vectors of the same one."""
-        t = t.flatten(0, t.dim() - 2 - features)
-        return t.transpose(0, 1).contiguous() if self.separate_codebook_per_head else t.flatten(0, 1).unsqueeze(0)
-
-    def _per_token(self, t: Tensor, lead: torch.Size) -> Tensor:
-        """``[H, N, *]`` -> ``[..., heads, *]``."""
-        if self.separate_codebook_per_head:
-            t = t.transpose(0, 1)
-        return t.reshape(*lead, self.heads, *t.shape[2:])
-
-    def _split_mask(self, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        return self._per_codebook(mask.unsqueeze(-1).expand(*mask.shape, self.heads), features=0)
 
     # forward
 
@@ -289,74 +280,159 @@ class VectorQuantize(nn.Module):
             indices: target codes; the result is then ``(quantized, cross entropy of the similarities against them)``.
             mask, lens: bool ``[...]`` without features, or tokens per sample; the other tokens take no part.
             topk: the k nearest codewords instead of one, nearest first, without an EMA step.
-            freeze_codebook: overrides the constructor's.
+            sample_codebook_temp, freeze_codebook, ema_update: override the constructor's.
+            codebook_transform_fn: codewords ``[H, K, D]`` -> every token's own candidates ``[H, B, N, K, D]``
+                (with heads that share a codebook, B counts samples times heads).
             ema_update_weight: scales the EMA step per codeword, ``[K]`` or ``[H, K]``, or a function of (sums, counts).
             accum_ema_update: only add this batch to the next EMA step.
-            ema_update: overrides the constructor's.
 
         Returns:
             ``(quantized, indices, loss)``, with ``return_loss_breakdown`` also :class:`LossBreakdown`. Indices are
             int64 ``[...]`` (``[..., heads]``, ``[..., k]``), -1 for masked and non-finite tokens. The loss is a scalar,
-            0 in eval; with topk it is ``[..., k]``.
+            0 in eval; with topk it is ``[..., k]``, in eval the commitment loss, and unweighted where its weight is 0.
 
         Raises:
-            ValueError: shapes that do not fit, arguments that exclude each other or are not supported yet.
+            ValueError: shapes that do not fit, arguments that exclude each other.
         """
-        given = {"sample_codebook_temp": sample_codebook_temp, "codebook_transform_fn": codebook_transform_fn}
-        reject_unsupported("VectorQuantize.forward", given, dict.fromkeys(given))
         tokens = self.layout.to_tokens(x)
-        mask = self.layout.mask(tokens.shape[:-1], mask, lens)
-        z, z_mask = self._split(self.project_in(tokens)), self._split_mask(mask)
-        self._codebook.init_(z, z_mask)
-        if topk is not None:
-            if self.heads > 1 or indices is not None:
-                raise ValueError("VectorQuantize.forward: topk needs heads=1 and no indices")
-            return self._forward_topk(
-                tokens, z, z_mask, mask, min(int(topk), self.codebook_size), return_loss_breakdown
-            )
-
-        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        updating = self.training and not frozen
-        embed = self._codebook.codewords(z.dtype, snapshot=updating)
-        quantized, index, commitment, loss = self._quantize(z, embed, z_mask, frozen)
-        if updating:
-            self._codebook.update(
-                z.detach(), index, weight=ema_update_weight, accumulate=accum_ema_update, ema_update=ema_update
-            )
-        if not torch.compiler.is_exporting():
-            self._last_indices = index
         lead = tokens.shape[:-1]
-        quantized = self._output(self._per_token(quantized, lead).flatten(-2), tokens, mask)
-        if indices is not None:
-            return quantized, self._cross_entropy(z, embed, indices, lead)
-        index = self._per_token(index, lead)
-        result = quantized, index.squeeze(-1) if self.heads == 1 else index, loss
-        return (*result, self._breakdown(commitment)) if return_loss_breakdown else result
+        mask = self.layout.mask(lead, mask, lens)
+        z, z_mask = self._vectors(self.project_in(tokens)), self.split_heads.mask(mask)
+        self._codebook.init_(z, z_mask)
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        updating = self.training and not frozen and topk is None
+        k = None if topk is None else self._checked_topk(topk, indices)
+        temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
+        step = {"weight": ema_update_weight, "accumulate": accum_ema_update, "ema_update": ema_update}
 
-    def _quantize(self, z: Tensor, embed: Tensor, mask: Tensor | None, frozen: bool):
-        """-> quantized ``[H, N, D]``, indices ``[H, N]``, unweighted commitment, loss. Eval gives z no gradient."""
-        metric = "dot" if self.use_cosine_sim else "l2"
-        by_loss = self.trains_by_loss(frozen)
-        book = embed if by_loss else embed.detach()  # a frozen parameter gets no gradient at all, not a zero one
-        out = vector_quantize(z if self.training else z.detach(), book, self.estimator, 1.0, metric, mask)
-        quantized, index = out.quantized, out.indices
-        if self.learnable_codebook and not (self.training and z.requires_grad):
-            # with no input to route the gradient to, it goes to the codewords, as from any embedding
-            chosen = torch.stack([lookup(book, i) for book, i in zip(embed, index, strict=True)])
-            quantized = torch.where((index < 0).unsqueeze(-1), quantized.detach(), chosen)
-        if not self.training:
-            zero = out.commitment_loss.new_zeros(())
-            return quantized, index, zero, zero.clone()
-        commitment = out.commitment_loss
-        if by_loss:
-            # one mean square, with its gradient to both sides
-            commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
-        if self.commitment_weight <= 0.0:
-            commitment = torch.zeros_like(commitment)
-        return quantized, index, commitment, _trainable(commitment * self.commitment_weight)
+        in_place = None
+        if self.in_place_codebook_optimizer is not None and updating:
+            with torch.enable_grad():
+                _, candidates, chosen = self._chosen(z.detach(), z_mask, True, temperature, codebook_transform_fn, k)
+                self._codebook.update(z.detach(), chosen.indices, **step)
+                chosen.codebook_loss.backward()
+            in_place = chosen.codebook_loss.detach()
+            if not self.manual_in_place_optimizer_update:
+                self.update_in_place_optimizer()
+        trains_codes = self.trains_by_loss(frozen)
+        embed, candidates, chosen = self._chosen(z, z_mask, trains_codes, temperature, codebook_transform_fn, k)
+        if updating and in_place is None:
+            self._codebook.update(z.detach(), chosen.indices, **step)
+        quantized, index = chosen.quantized, chosen.indices
+        if self.training and self.sync_update_v > 0.0:
+            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        if k is None:
+            self._remember(index)
+            quantized = self.split_heads.merge(quantized, lead).flatten(-2)
+        else:
+            quantized = quantized.reshape(*lead, k, self.codebook_dim)
+        quantized = self._output(quantized, tokens, mask)
+        if indices is not None:
+            return quantized, self._cross_entropy(self._similarity(z, embed, candidates, chosen), indices, lead)
+        loss, parts = self._losses(z, embed, candidates, chosen, trains_codes, lead, k)
+        if in_place is not None:
+            parts = parts._replace(inplace_optimize=in_place)
+        index = index.reshape(*lead, k) if k else self.split_heads.merge(index, lead)
+        result = quantized, index.squeeze(-1) if self.heads == 1 and k is None else index, loss
+        return (*result, parts) if return_loss_breakdown else result
+
+    def _checked_topk(self, topk: int, indices: Tensor | None) -> int:
+        if topk < 1:
+            raise ValueError(f"VectorQuantize.forward: topk={topk}; a positive integer is expected")
+        if self.heads > 1 or indices is not None:
+            raise ValueError("VectorQuantize.forward: topk needs heads=1 and no indices")
+        by_training = self.commitment_use_cross_entropy_loss or self.in_place_codebook_optimizer is not None
+        if self.training and by_training:
+            raise ValueError(
+                "VectorQuantize.forward: topk makes no step, so in training it cannot go with "
+                "commitment_use_cross_entropy_loss or in_place_codebook_optimizer"
+            )
+        return min(int(topk), self.codebook_size)
+
+    def _chosen(self, z: Tensor, mask: Tensor | None, trains_codes: bool, temperature: float, transform, k: int | None):
+        """-> codewords, candidates or None, :class:`Chosen`."""
+        self._codebook.observe(z.detach(), mask)
+        # every step on the codewords comes before backward, which must see those of the forward
+        embed = self._codebook.codewords(z.dtype, snapshot=self.training)
+        candidates = None
+        if transform is not None:
+            candidates = transform(embed)
+            expected = (z.shape[0], z.shape[1], *embed.shape[1:])
+            if candidates.dim() < 4 or candidates.flatten(1, -3).shape != expected:
+                raise ValueError(
+                    f"VectorQuantize.forward: codebook_transform_fn gave {tuple(candidates.shape)}; expected [heads, "
+                    f"batch, positions, {', '.join(map(str, embed.shape[1:]))}] with batch * positions = {z.shape[1]}"
+                )
+            candidates = candidates.flatten(1, -3).to(z.dtype)
+            candidates = normalize(candidates) if self.use_cosine_sim else candidates
+        chosen = self.choose(
+            z,
+            embed,
+            mask,
+            training=self.training,
+            trains_codes=trains_codes,
+            temperature=temperature,
+            candidates=candidates,
+            k=k,
+        )
+        return embed, candidates, chosen
+
+    def _similarity(self, z: Tensor, embed: Tensor, candidates: Tensor | None, chosen: Chosen) -> Tensor:
+        """``[H, N, K]``, 0 for vectors that take no part, differentiable."""
+        if chosen.similarity is not None:
+            return chosen.similarity
+        usable = chosen.indices >= 0 if chosen.indices.dim() == 2 else (chosen.indices >= 0).all(-1)
+        z = torch.where(usable.unsqueeze(-1), z, 0.0)
+        return similarities(z, embed, self.choose.metric)
 
     def trains_by_loss(self, frozen: bool) -> bool:
-        return self.learnable_codebook and self.training and not frozen and self.commitment_weight > 0.0
+        return self.learnable_codebook and self.training and not frozen and self.has_commitment_loss
+
+    def _losses(self, z, embed, candidates, chosen: Chosen, trains_codes: bool, lead: torch.Size, k: int | None):
+        """-> the weighted sum, its parts."""
+        zero = chosen.commitment.new_zeros(())
+        commitment = chosen.commitment
+        if not self.training:
+            if k is None:
+                return zero, LossBreakdown(*(zero.clone() for _ in range(4)))
+            commitment = commitment.reshape(*lead, k)
+            loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
+            return loss, LossBreakdown(commitment, *(zero.clone() for _ in range(3)))
+        similarity = None
+        if self.codebook_diversity_loss_weight > 0.0 or self.commitment_use_cross_entropy_loss:
+            similarity = self._similarity(z, embed, candidates, chosen)
+        if k is not None:
+            commitment = commitment.reshape(*lead, k)
+        elif self.commitment_use_cross_entropy_loss:
+            commitment = cross_entropy(similarity, chosen.indices)
+        elif trains_codes:  # one mean square, with its gradient to both sides
+            commitment = commitment + (chosen.codebook_loss - chosen.codebook_loss.detach())
+        if not self.has_commitment_loss:
+            commitment = torch.zeros_like(commitment)
+        loss, diversity, orthogonal = commitment * self.commitment_weight, zero, zero
+        if self.codebook_diversity_loss_weight > 0.0:
+            usable = chosen.indices >= 0 if k is None else (chosen.indices >= 0).all(-1)
+            positions = math.prod(lead[1:])
+            by_sample = (z.shape[0], z.shape[1] // max(positions, 1), positions)
+            diversity = diversity_loss(
+                similarity.reshape(*by_sample, -1), usable.reshape(by_sample), self.codebook_diversity_temperature
+            )
+            loss = loss + diversity * self.codebook_diversity_loss_weight
+        if self.orthogonal_reg_weight > 0.0:
+            active = None
+            if self.orthogonal_reg_active_codes_only:
+                active = used_codes(chosen.indices.flatten(1), self.codebook_size)
+            # of the codewords after this forward's step; a copy, because the next one's may come before backward
+            orthogonal = orthogonal_loss(self._codebook.embed.clone(), active, self.orthogonal_reg_max_codes)
+            loss = loss + orthogonal * self.orthogonal_reg_weight
+        return trainable(loss), LossBreakdown(commitment, diversity, orthogonal, zero)
+
+    def _cross_entropy(self, similarity: Tensor, targets: Tensor, lead: torch.Size) -> Tensor:
+        """Cross entropy of the similarities as logits. Targets -1 do not count."""
+        expected = (*lead, self.heads) if self.heads > 1 else tuple(lead)
+        if tuple(targets.shape) != expected:
+            raise ValueError(f"VectorQuantize.forward: indices is {tuple(targets.shape)}; expected {expected}")
+        return cross_entropy(self.split_heads.merge(similarity, lead).flatten(-3, -2), targets.reshape(-1))
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``[..., heads D]`` -> the result: input dtype, projected, padding filled, in the input's layout."""
@@ -368,39 +444,19 @@ class VectorQuantize(nn.Module):
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding.to(quantized.dtype))
         return self.layout.from_tokens(quantized)
 
-    def _forward_topk(
-        self, tokens: Tensor, z: Tensor, z_mask: Tensor | None, mask: Tensor | None, k: int, breakdown: bool
-    ):
-        if k < 1:
-            raise ValueError(f"VectorQuantize.forward: topk={k}; a positive integer is expected")
-        lead = tokens.shape[:-1]
-        embed = self._codebook.codewords(z.dtype, snapshot=False)[0]
-        index = nearest_k(z[0], embed, k, "dot" if self.use_cosine_sim else "l2", None if z_mask is None else z_mask[0])
-        codes = lookup(embed, index)
-        repeated = z[0].unsqueeze(-2).expand_as(codes)
-        target = codes if self.training and self.learnable_codebook else codes.detach()
-        commitment = (target - repeated).square().mean(-1).masked_fill(index < 0, 0.0).reshape(*lead, k)
-        if self.training and z.requires_grad:
-            codes = rotation_trick(repeated, codes, self.estimator)
-        codes = torch.where((z[0].isfinite().all(-1))[:, None, None], codes, torch.nan)
-        quantized = self._output(codes.reshape(*lead, k, self.codebook_dim), tokens, mask)
-        loss = commitment * self.commitment_weight if self.commitment_weight > 0.0 else torch.zeros_like(commitment)
-        result = quantized, index.reshape(*lead, k), loss
-        return (*result, self._breakdown(commitment)) if breakdown else result
-
-    def _cross_entropy(self, z: Tensor, embed: Tensor, targets: Tensor, lead: torch.Size) -> Tensor:
-        """Cross entropy of the similarities as logits; needs the N x K matrix. Targets -1 do not count."""
-        expected = (*lead, self.heads) if self.heads > 1 else tuple(lead)
-        if tuple(targets.shape) != expected:
-            raise ValueError(f"VectorQuantize.forward: indices is {tuple(targets.shape)}; expected {expected}")
-        logits = similarities(z, embed, "dot" if self.use_cosine_sim else "l2")
-        return F.cross_entropy(self._per_token(logits, lead).flatten(0, -2), targets.flatten(), ignore_index=-1)
-
-    def _breakdown(self, commitment: Tensor) -> LossBreakdown:
-        zero = commitment.new_zeros(())
-        return LossBreakdown(commitment, zero, zero, zero)
-
     # codebook training by hand
+
+    def update_in_place_optimizer(self) -> None:
+        """The step of ``in_place_codebook_optimizer`` on the gradients that are there; processes average theirs."""
+        if self.in_place_codebook_optimizer is None:
+            return
+        if (world := self._codebook._world()) > 1:
+            for parameter in self._codebook.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= world
+        self.in_place_codebook_optimizer.step()
+        self.in_place_codebook_optimizer.zero_grad()
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -410,32 +466,12 @@ class VectorQuantize(nn.Module):
         if mask is not None:
             indices = indices.masked_fill(~(mask if self.heads == 1 else mask.unsqueeze(-1)), -1)
         per_head = indices.unsqueeze(-1) if self.heads == 1 else indices
-        self._codebook.update(self._split(self.project_in(tokens)), self._per_codebook(per_head, features=0))
+        self._codebook.update(self._vectors(self.project_in(tokens)), self.split_heads.split(per_head, features=0))
 
     update_ema_indices = update_indices
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor) -> None:
         """Moves dead codewords onto random rows of x, an input as for ``forward``."""
-        z = self._split(self.project_in(self.layout.to_tokens(x)))
+        z = self._vectors(self.project_in(self.layout.to_tokens(x)))
         self._codebook.expire_(z, torch.where(z.isfinite().all(-1), 0, -1))
-
-
-def _estimator(estimator: str | None, rotation_trick: bool | None, dim: int) -> str:
-    if estimator is None:
-        # a rotation of one feature is at most a change of sign
-        return "rotation" if (dim > 1 if rotation_trick is None else rotation_trick) else "ste"
-    if estimator not in ("rotation", "reflection", "ste"):
-        raise ValueError(
-            f"VectorQuantize: estimator={estimator!r} is unknown; allowed: 'rotation', 'reflection', 'ste'"
-        )
-    if rotation_trick is not None and rotation_trick != (estimator == "rotation"):
-        raise ValueError(
-            f"VectorQuantize: estimator={estimator!r} and rotation_trick={rotation_trick} disagree; give one of them"
-        )
-    return estimator
-
-
-def _trainable(loss: Tensor) -> Tensor:
-    """A loss that ``backward`` accepts even when no input needs a gradient."""
-    return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()

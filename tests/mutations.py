@@ -52,6 +52,16 @@ MUTATIONS = {
         "const int64_t last = first + block < cb.panels_count ? first + block : cb.panels_count - (cb.panels_count > 1);", OPS),
     "kernel: sums lose a chunk's last row": (
         "csrc/cpu/codeword_sums.cpp", r"for \(int64_t n = c \* job\.chunk; n < end; \+\+n\)\n", "for (int64_t n = c * job.chunk; n < end - 1; ++n)\n", CODEBOOK),
+    "kernel: sums lose a slice's last row": (
+        "csrc/cpu/codeword_sums_kernel.h", r"n < p\.N; \+\+n", "n < p.N - 1; ++n", CODEBOOK),
+    "kernel: k-means++ takes the worst candidate": (
+        "csrc/cpu/kmeans_plus_plus.cpp", r"if \(potential < lowest\)", "if (potential > lowest || k < 0)", OPS),
+    "kernel: k-means++ skips rows too soon": (
+        "csrc/cpu/kmeans_plus_plus_kernel.h", r">= 4\.0 \*", ">= 1.0 *", OPS),
+    "kernel: fsq loses a level": (
+        "csrc/cpu/fsq.cpp", r"for \(int64_t v = 1; v < L &&", "for (int64_t v = 2; v < L &&", OPS),
+    "kernel: fsq backward without its slope": (
+        "csrc/cpu/fsq_kernel.h", r"load8\(g \+ i\) \* load8\(&t\.slope\[phase \* kFsqLanes\]\) \*", "load8(g + i) *", OPS),
     "k-means: means are not divided": (
         "vqkernels/ops/kmeans.py", r"sums / counts\.clamp\(min=1\)\.unsqueeze\(-1\)", "sums", CODEBOOK),
     "usage: masked rows are counted": (

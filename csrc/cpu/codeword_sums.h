@@ -14,4 +14,8 @@ struct SumPiece {  // codewords [first, last) and columns [begin, end) of head h
 void add_piece_portable(const CodewordSumsParams&, const SumPiece&, double* sum);
 void add_piece_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
 
+// All rows of the piece's columns as they lie in memory, without offsets and rows; `sum` holds K (end - begin) doubles.
+void add_slice_portable(const CodewordSumsParams&, const SumPiece&, double* sum);
+void add_slice_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
+
 }  // namespace vqk::cpu

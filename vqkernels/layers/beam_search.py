@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 24  # numbers held at a time
+from .search import chunk_rows
 
 # z [N, D] and the sum chosen so far [N, D] -> the k best codewords of a level, best first: indices [N, k], codes
 # [N, k, D], squared errors [N, k]
@@ -30,7 +30,7 @@ def beam_search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width:
     """
     if not levels:
         raise ValueError("beam_search: levels is empty; at least one is needed")
-    rows = max(1, _CHUNK // (width * width * z.shape[-1]))
+    rows = chunk_rows(z, width * width * z.shape[-1])
     return torch.cat([_search(part, levels, weights.double(), width) for part in z.split(rows)])
 
 

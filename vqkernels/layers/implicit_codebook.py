@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CHUNK = 1 << 24  # numbers held at a time
+from .choice import Sampling, gumbel_noise
+from .search import chunk_rows
 
 
 class ImplicitCodebook(nn.Module):
@@ -46,8 +47,21 @@ class ImplicitCodebook(nn.Module):
         return self(F.embedding(indices.clamp(min=0), codebook), condition)
 
     def distances(self, z: Tensor, codebook: Tensor, condition: Tensor) -> Tensor:
-        """z and condition ``[N, D]``, codebook ``[K, D]`` -> distances to all codewords ``[N, K]``."""
-        return (z.unsqueeze(-2) - self(codebook, condition.unsqueeze(-2))).square().sum(-1).clamp(min=1e-12).sqrt()
+        """z and condition ``[..., N, D]``, codebook ``[..., K, D]`` -> distances to all codewords ``[..., N, K]``."""
+        codes = self(codebook.unsqueeze(-3), condition.unsqueeze(-2))
+        return (z.unsqueeze(-2) - codes).square().sum(-1).clamp(min=1e-12).sqrt()
 
-    def rows_at_a_time(self, codewords: int) -> int:
-        return max(1, _CHUNK // (codewords * self.widest))
+    @torch.no_grad()
+    def nearest(self, z: Tensor, codebook: Tensor, condition: Tensor, k: int, sampling: Sampling) -> Tensor:
+        """The k nearest codewords, or k drawn by their distances: z and condition ``[N, D]`` -> int64 ``[N, k]``.
+
+        A chunk of vectors at a time, so that the N x K codewords never exist together.
+        """
+        found, rows = [], chunk_rows(z, len(codebook) * self.widest)
+        for vectors, conditions in zip(z.split(rows), condition.split(rows), strict=True):
+            score = -self.distances(vectors, codebook, conditions)
+            if sampling.noise:
+                score = score / sampling.temperature
+                score = score + gumbel_noise(score)
+            found.append(score.topk(k, -1).indices if k > 1 else score.argmax(-1, keepdim=True))
+        return torch.cat(found)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .tokens import at_least_float32, features_last
+from .tokens import at_least_float32, features_last, mixed_radix, straight_through
 from .usage import RemembersIndices
 
 _UNIFORM_STD = 12**-0.5  # of a uniform distribution on [0, 1]
@@ -55,16 +55,23 @@ def build_cdf_act(act_name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[
 def batch_stats(batch: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """batch ``[N, d]`` -> mean, unbiased variance, skewness and excess kurtosis, each ``[d]``, over the rows whose
     values are all finite; zeros where there are none."""
-    usable = batch.isfinite().all(-1, keepdim=True)
-    batch = torch.where(usable, batch, 0.0)
-    count = usable.sum().clamp(min=1)
-    mean = batch.sum(0) / count
+    return _moments(batch, eps)[:4]
+
+
+def _moments(batch: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`batch_stats`, and whether there was a row."""
+    usable = (batch.detach() * 0.0).sum(-1, keepdim=True) == 0.0  # 0 times NaN or infinity is NaN
+    rows = usable.sum()
+    count = rows.clamp(min=1)
+    mean = torch.where(usable, batch, 0.0).sum(0) / count
     centred = torch.where(usable, batch - mean, 0.0)
-    variance = centred.square().sum(0) / (count - 1).clamp(min=1)
+    squares = centred * centred
+    variance = squares.sum(0) / (count - 1).clamp(min=1)
     # clamped before the root, whose gradient at 0 is infinite
-    scores = centred / variance.clamp_min(eps * eps).sqrt()
-    skewness = scores.pow(3).sum(0) / count
-    return mean, variance, skewness, (scores.pow(4) - 3.0 * usable).sum(0) / count
+    clamped = variance.clamp_min(eps * eps)
+    skewness = (squares * centred).sum(0) / (count * clamped * clamped.sqrt())
+    kurtosis = (squares * squares).sum(0) / (count * clamped * clamped) - 3.0
+    return mean, variance, skewness, torch.where(rows > 0, kurtosis, 0.0), rows > 0
 
 
 class VectorNorm(nn.Module):
@@ -98,12 +105,12 @@ class VectorNorm(nn.Module):
         return cls(**PRESETS[name])
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        moments = dict(zip(("mean", "variance", "skewness", "kurtosis"), batch_stats(z, self.eps), strict=True))
+        *moments, any_row = _moments(z, self.eps)
         targets = self.l1_target, self.l2_target, self.l3_target, self.l4_target
         weights = self.l1_weight, self.l2_weight, self.l3_weight, self.l4_weight
-        parts = zip(moments.values(), targets, weights, strict=True)
+        parts = zip(moments, targets, weights, strict=True)
         loss = sum((moment - target).square().mean() * weight for moment, target, weight in parts)
-        return loss * z.isfinite().all(-1).any(), moments
+        return loss * any_row, dict(zip(("mean", "variance", "skewness", "kurtosis"), moments, strict=True))
 
 
 class FSP(RemembersIndices, nn.Module):
@@ -178,16 +185,13 @@ class FSP(RemembersIndices, nn.Module):
     # probabilities [..., d] <-> levels [..., d] <-> indices [...]
 
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Probabilities -> the middles of their levels, with a straight-through gradient, and the levels as floats, -1
-        for NaN."""
+        """Probabilities -> the middles of their levels, with a straight-through gradient, and the levels as floats."""
         level = (act_z.detach().clamp_max(1.0 - eps) * self._levels).floor()
-        middle = (level + 0.5) / self._levels
-        return middle + (act_z - act_z.detach()), torch.where(level.isnan(), -1.0, level)
+        return straight_through(act_z, (level + 0.5) / self._levels), level
 
     def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
-        """Levels ``[..., d]`` -> int32 ``[...]``, first feature fastest; -1 where a level is negative."""
-        index = (level_indices.to(torch.int32) * self._basis).sum(-1, dtype=torch.int32)
-        return index.masked_fill((level_indices < 0).any(-1), -1)
+        """Levels ``[..., d]`` -> int32 ``[...]``, first feature fastest; -1 for a NaN."""
+        return mixed_radix(at_least_float32(level_indices), self._basis, self.codebook_size)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         return indices.unsqueeze(-1) // self._basis % self._levels
@@ -239,7 +243,7 @@ class FSP(RemembersIndices, nn.Module):
             chosen = torch.where(unquantized, torch.where(inside, moved, probability), chosen)
         codes = self._to_code(chosen, eps)
         if self.need_inv_act:
-            codes = codes.detach() + (flat - flat.detach())  # straight through both functions
+            codes = straight_through(flat, codes)  # through both functions
         indices = self.level_indices_to_indices(level).reshape(tokens.shape[:-1])
         self._remember(indices)
         output = self.project_out(codes.to(features.dtype)).reshape(tokens.shape)

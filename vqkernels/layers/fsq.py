@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import fsq
-from .tokens import at_least_float32, features_last
+from .tokens import at_least_float32, features_last, mixed_radix, straight_through
 from .usage import RemembersIndices
 
 _MOST_CODES = 2**31 - 1  # indices are int32
@@ -119,34 +119,46 @@ class FSQ(RemembersIndices, nn.Module):
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """z bounded and rounded to multiples of 1/(L // 2), in [-1, 1]; the gradient passes straight through the
         rounding. An even L has one value more on the negative side."""
-        levels = self._levels.to(z.dtype)
-        half, width = (levels - 1) * (1 + eps) / 2, self._levels // 2
+        return self._bound(z, eps, hard_clamp)[0]
+
+    def _bound(self, z: Tensor, eps: float, hard_clamp: bool) -> tuple[Tensor, Tensor]:
+        """-> codes and digits, the levels counted from 0."""
+        half = (self._levels - 1).to(z.dtype) * (1 + eps) / 2
+        width = (self._levels // 2).to(z.dtype)
         offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
         shift = offset / half
         bounded = (z + shift).clamp(-1.0, 1.0) if hard_clamp else (z + shift.atanh()).tanh()
         bounded = bounded * half - offset
-        # beyond 1/eps levels the range would take one level more
-        rounded = bounded.round().clamp(-width, self._levels - 1 - width)
-        return _straight_through(bounded, rounded) / width
+        rounded = bounded.detach().round()
+        if max(self.levels) * eps > 0.5:  # the range would take one level more
+            rounded = rounded.clamp(-width, self._levels - 1 - width)
+        return straight_through(bounded, rounded) / width, rounded + width
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """z bounded and rounded to L values evenly spread over [-1, 1]; straight-through gradient of the rounding."""
+        return self._symmetric_bound(z, hard_clamp)[0]
+
+    def _symmetric_bound(self, z: Tensor, hard_clamp: bool) -> tuple[Tensor, Tensor]:
         steps = (self._levels - 1).to(z.dtype)
         bounded = steps * ((z.clamp(-1.0, 1.0) if hard_clamp else z.tanh()) + 1) / 2.0 + 0.5
-        return 2.0 / steps * _straight_through(bounded, bounded.floor()) - 1.0
+        digits = bounded.detach().floor()
+        return straight_through(bounded, digits) * (2.0 / steps) - 1.0, digits
 
     def quantize(self, z: Tensor) -> Tensor:
         """z ``[..., d]``, d = len(levels) -> its codes, same shape."""
+        return self._codes_and_digits(z)[0]
+
+    def _codes_and_digits(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = at_least_float32(z)
         if self.preserve_symmetry:
-            return self.symmetry_preserving_bound(z, hard_clamp=self.bound_hard_clamp)
-        return self.bound(z, hard_clamp=self.bound_hard_clamp)
+            return self._symmetric_bound(z, self.bound_hard_clamp)
+        return self._bound(z, 1e-3, self.bound_hard_clamp)
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """-> codes and indices: in one kernel for the default bound, which ONNX does not know."""
         if self.preserve_symmetry or self.bound_hard_clamp or torch.onnx.is_in_onnx_export():
-            codes = self.quantize(z)
-            return codes, self.codes_to_indices(codes.detach()) if self.return_indices else None
+            codes, digits = self._codes_and_digits(z)
+            return codes, mixed_radix(digits, self._basis, self.codebook_size) if self.return_indices else None
         if self.return_indices:
             return fsq(z, self.levels, return_indices=True)
         return torch.cat([fsq(part, levels) for part, levels in self._parts(z)], -1), None
@@ -188,8 +200,7 @@ class FSQ(RemembersIndices, nn.Module):
         else:
             width = self._levels // 2
             digits = zhat * width + width
-        index = (digits.nan_to_num(0.0).round().to(torch.int32) * self._basis).sum(-1, dtype=torch.int32)
-        return index.masked_fill(zhat.isnan().any(-1), -1)
+        return mixed_radix(digits.round(), self._basis, self.codebook_size)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """Indices ``[...]`` -> the level of every feature ``[..., d]``."""
@@ -253,8 +264,3 @@ class FSQ(RemembersIndices, nn.Module):
         if indices is not None and not self.keep_num_codebooks_dim:
             indices = indices.squeeze(-1)
         return output.movedim(-1, 1) if channel_first else output, indices
-
-
-def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """The value of ``rounded``, bit for bit, with the gradient of x, which is finite or NaN."""
-    return rounded.detach() + (x - x.detach())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..ops import nearest_codeword
-from .tokens import at_least_float32, features_last
+from .tokens import at_least_float32, features_last, straight_through
 from .usage import RemembersIndices
 
 
@@ -123,7 +123,7 @@ class LatentQuantize(RemembersIndices, nn.Module):
 
     def quantize(self, z: Tensor) -> Tensor:
         """z ``[..., codebook_dim]`` -> the nearest values, with a straight-through gradient."""
-        return _straight_through(z, self._nearest(at_least_float32(z))[1].to(z.dtype))
+        return straight_through(z, self._nearest(at_least_float32(z))[1].to(z.dtype))
 
     def _index(self, level: Tensor) -> Tensor:
         index = (level.to(torch.int32) * self._basis).sum(-1, dtype=torch.int32)
@@ -174,7 +174,7 @@ class LatentQuantize(RemembersIndices, nn.Module):
         if self.in_place_codebook_optimizer is not None and self.training:
             self._step(groups.detach(), level)
             level, value = self._nearest(groups)
-        codes = _straight_through(groups, value)
+        codes = straight_through(groups, value)
         output = self.project_out(codes.flatten(-2).to(features.dtype))
         index = self._index(level)
         self._remember(index)
@@ -232,8 +232,3 @@ def _mean_square(a: Tensor, b: Tensor, usable: Tensor) -> Tensor:
     """Over the tokens at True; a, b ``[..., d]``, usable ``[...]``."""
     squares = torch.where(usable.unsqueeze(-1), a - b, 0.0).square().sum()
     return squares / (usable.sum() * (a.numel() // max(usable.numel(), 1))).clamp(min=1)
-
-
-def _straight_through(z: Tensor, value: Tensor) -> Tensor:
-    """The value, bit for bit, with the gradient of z."""
-    return value.detach() + (z - z.detach())

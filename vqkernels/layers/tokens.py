@@ -112,6 +112,33 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, bit for bit and without a copy, with the gradient of x; same shape and dtype."""
+    return _StraightThrough.apply(x, value.detach())
+
+
+def mixed_radix(digits: Tensor, basis: Tensor, codes: int) -> Tensor:
+    """Digits ``[..., d]``, floats -> the int32 index ``[...]`` below ``codes``, first digit fastest; -1 for a NaN."""
+    digits = digits if codes <= 2**24 else digits.double()  # whole numbers up to 2^24 are exact in float32
+    return (digits * basis).sum(-1).nan_to_num(-1.0).to(torch.int32)
+
+
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook ``[K, D]``, indices of any shape -> codewords ``[..., D]``; a negative index gives a zero vector."""
     codes = torch.nn.functional.embedding(indices.clamp(min=0), codebook)

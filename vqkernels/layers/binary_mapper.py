@@ -27,7 +27,7 @@ class _OneHotFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, indices, codes):
         ctx.save_for_backward(logits, indices, codes)
-        one_hot = logits.new_zeros(len(logits), len(codes))
+        one_hot = logits.new_zeros(logits.shape[0], codes.shape[0])
         return one_hot.scatter_(-1, indices.clamp(min=0).unsqueeze(-1), 1.0)
 
     @staticmethod
@@ -137,7 +137,7 @@ class BinaryMapper(RemembersIndices, nn.Module):
         indices = (sampled * self.power_two).sum(-1).masked_fill(bad, -1)
         passed = rows if (self.training if straight_through is None else straight_through) else rows.detach()
         one_hot = _OneHotFn.apply(at_least_float32(passed), indices, self.codes)
-        one_hot = one_hot.masked_fill(bad.unsqueeze(-1), torch.nan).reshape(*lead, self.num_codes)
+        one_hot = one_hot.masked_fill(bad.unsqueeze(-1), torch.nan).reshape(*lead, self.num_codes).to(logits.dtype)
         aux = self.zero.clone()
         if self.training if calc_aux_loss is None else calc_aux_loss:
             aux = self.calc_aux_loss(logits, reduce_aux_kl_loss)

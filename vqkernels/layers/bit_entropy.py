@@ -60,7 +60,8 @@ class BitEntropies(nn.Module):
         bound = -0.4 * math.log(torch.finfo(logits.dtype).tiny)
         if self.bits <= _ONE_TABLE:
             # minus the cost of every bit that is not the likelier one: no large numbers cancel
-            cost = torch.stack([logits.relu(), (-logits).relu()], -1).flatten(-2) @ high
+            one = (-logits).relu()
+            cost = torch.stack([one + logits, one], -1).flatten(-2) @ high
             log_table = (-cost.clamp(max=bound)).log_softmax(-1)
             table = log_table.exp()
             rows = -(table * log_table.clamp(min=_LOG_SMALLEST)).sum(-1)

@@ -16,6 +16,7 @@ from .tokens import at_least_float32, features_last
 from .usage import RemembersIndices
 
 _TINY = 2.0**-60  # times a feature: no overflow
+_MOST_BITS = 32  # the entropy loss needs a number per code
 
 
 class Return(NamedTuple):
@@ -109,6 +110,8 @@ class LFQ(RemembersIndices, nn.Module):
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             nearest = max(2, 2 ** math.ceil(math.log2(max(codebook_size, 1))))
             raise ValueError(f"LFQ: codebook_size={codebook_size}; expected a power of two, for example {nearest}")
+        if codebook_size > 2**_MOST_BITS:
+            raise ValueError(f"LFQ: codebook_size={codebook_size} is above the largest, 2^{_MOST_BITS}")
         if keep_num_codebooks_dim is False and num_codebooks > 1:
             raise ValueError("LFQ: keep_num_codebooks_dim=False is for one codebook only")
         if not 0.0 < frac_per_sample_entropy <= 1.0:
@@ -233,7 +236,8 @@ class LFQ(RemembersIndices, nn.Module):
                 passed = self.activation(z)
                 quantized = codes + (passed - passed.detach())
                 valid = finite.flatten() if mask is None else finite.flatten() & mask
-                aux, breakdown = self._losses(z, codes, valid, inv_temperature)
+                entropies = return_loss_breakdown or self.entropy_loss_weight != 0.0
+                aux, breakdown = self._losses(z, codes, valid, inv_temperature, entropies)
             else:
                 aux = z.new_zeros(())
                 breakdown = LossBreakdown(*z.new_zeros(3).unbind())
@@ -255,19 +259,22 @@ class LFQ(RemembersIndices, nn.Module):
             z = z @ self.orthogonal_rot.to(z.dtype)
         return F.normalize(z, dim=-1) * self.codebook_scale if self.spherical else z
 
-    def _losses(self, z: Tensor, codes: Tensor, valid: Tensor, inv_temperature: float) -> tuple[Tensor, LossBreakdown]:
+    def _losses(
+        self, z: Tensor, codes: Tensor, valid: Tensor, inv_temperature: float, entropies: bool
+    ) -> tuple[Tensor, LossBreakdown]:
         """z, codes ``[..., num_codebooks, d]``, valid ``[N]``: the tokens that count."""
         z, codes = z.flatten(0, -3), codes.flatten(0, -3)
         weight = _shares(valid.to(z.dtype))
-        commitment = z.new_zeros(())
+        per_sample, batch, commitment = z.new_zeros(3).unbind()
         if self.commitment_loss_weight > 0.0:
             commitment = (z - codes.nan_to_num(0.0)).square().mean((-2, -1)) @ weight
-        if self.frac_per_sample_entropy < 1.0:
-            rows, valid = self._sample(valid)
-            z, weight = z[rows], _shares(valid.to(z.dtype))
-        logits = (4.0 * self._unit * inv_temperature) * z.transpose(0, 1)
-        per_sample, mean = self.entropies(logits, weight)
-        batch = entropy(_over_processes(mean, valid)).mean()
+        if entropies:
+            if self.frac_per_sample_entropy < 1.0:
+                rows, valid = self._sample(valid)
+                z, weight = z[rows], _shares(valid.to(z.dtype))
+            logits = (4.0 * self._unit * inv_temperature) * z.transpose(0, 1)
+            per_sample, mean = self.entropies(logits, weight)
+            batch = entropy(_over_processes(mean, valid)).mean()
         loss = per_sample - self.diversity_gamma * batch
         if self.experimental_softplus_entropy_loss:
             loss = F.softplus(loss + self.entropy_loss_offset)
@@ -276,11 +283,11 @@ class LFQ(RemembersIndices, nn.Module):
 
     def _sample(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """A random share of the valid tokens: their positions, and which of these count (masked batches have fewer)."""
-        total = len(valid)
+        total = valid.shape[0]
         order = torch.randn(total, device=valid.device).argsort(-1)
         rows = torch.where(valid, order, order + total).argsort()[: int(total * self.frac_per_sample_entropy)]
         wanted = (valid.sum().double() * self.frac_per_sample_entropy).floor()
-        return rows, torch.arange(len(rows), device=valid.device) < wanted
+        return rows, torch.arange(rows.shape[0], device=valid.device) < wanted
 
 
 def _mask(mask: Tensor, lead: torch.Size) -> Tensor:

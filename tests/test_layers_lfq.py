@@ -1,0 +1,486 @@
+"""LFQ and its relatives on their own: entropies by brute force, memory, round trips, hostile input, compilation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vqkernels.layers import (
+    LFQ,
+    BinaryMapper,
+    EvoLFQ,
+    GroupedResidualLFQ,
+    RandomProjectionQuantizer,
+    ResidualLFQ,
+)
+from vqkernels.layers.bit_entropy import BitEntropies, bits_of, entropy
+
+
+class Sizes(TorchDispatchMode):
+    """The numbers in the largest tensor that anything makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+# entropies
+
+
+def by_table(logits, weight):
+    """The definition: softmax over all codes, logarithms of clamped probabilities."""
+    codes = bits_of(torch.arange(2 ** logits.shape[-1]), logits.shape[-1]).to(logits.dtype)
+    table = (logits @ codes.mT).softmax(-1)
+    return (entropy(table) @ weight).mean(), weight @ table
+
+
+@pytest.mark.parametrize("bits", (1, 3, 5, 6, 7, 10))
+@pytest.mark.parametrize("spread", (0.0, 0.3, 3.0, 30.0, 300.0))
+def test_entropies_by_brute_force(bits, spread):
+    weight = torch.rand(40).double()
+    logits = (spread * torch.randn(2, 40, bits).double()).requires_grad_()
+    upstream = torch.randn(2, 2**bits).double()
+    grads = []
+    for function in (BitEntropies(bits).double(), by_table):
+        rows, mean = function(logits, weight)
+        grads.append((rows, mean, torch.autograd.grad(rows * 3.0 + (mean * upstream).sum(), logits)[0]))
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() < 1e-9 * max(1.0, b.abs().max())
+
+
+@pytest.mark.parametrize("bits", (4, 7))
+def test_entropy_gradient_by_differences(bits):
+    logits = torch.randn(1, 3, bits, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    entropies = BitEntropies(bits).double()
+    assert torch.autograd.gradcheck(lambda v: entropies(v, weight), logits)
+
+
+def test_confident_and_undecided_bits():
+    layer = LFQ(dim=8, entropy_loss_weight=1.0)
+    for x, per_sample, batch in (
+        (torch.zeros(1, 5, 8), 8.0, 8.0),  # undecided: every code alike
+        (torch.ones(1, 5, 8), 0.0, 0.0),  # one code
+        (layer.codebook.unsqueeze(0), 0.0, 8.0),  # every code once, in bits
+    ):
+        found = layer(x, return_loss_breakdown=True)[1]
+        assert abs(found.per_sample_entropy.item() - per_sample * 0.6931472) < 1e-4
+        assert abs(found.batch_entropy.item() - batch * 0.6931472) < 1e-4
+
+
+def test_huge_features_are_only_confident():
+    layer = LFQ(dim=7)
+    x = torch.full((1, 4, 7), 1e30, requires_grad=True)
+    out = layer(x)
+    (out.quantized.sum() + out.entropy_aux_loss).backward()
+    assert out.entropy_aux_loss.isfinite() and torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("bits", (10, 16))
+def test_no_table_of_tokens_times_codes(bits):
+    layer, tokens = LFQ(dim=bits, commitment_loss_weight=0.1), 2000
+    x = torch.randn(1, tokens, bits, requires_grad=True)
+    with Sizes() as sizes:
+        out = layer(x)
+        (out.quantized.sum() + out.entropy_aux_loss).backward()
+    assert sizes.largest <= max(tokens * (2 ** (bits // 2) + 4), 2**bits)
+    layer.entropy_loss_weight = 0.0
+    with Sizes() as sizes:
+        layer(x)
+        layer.eval()(x)
+    assert sizes.largest <= 2 * tokens * bits, "no work on codes at all in evaluation, or without that loss"
+
+
+def test_as_many_codes_as_an_index_holds():
+    for bits in (20, 24, 25, 32):
+        layer = LFQ(dim=bits).eval()
+        x = torch.randn(2, 50, bits)
+        quantized, indices, _ = layer(x)
+        assert indices.max() < 2**bits and indices.max() > 2 ** (bits - 1)
+        assert torch.equal(layer.indices_to_codes(indices), quantized) and torch.equal(quantized > 0, x > 0)
+
+
+# codes and indices
+
+OPTIONS = {
+    "plain": {},
+    "scaled": {"codebook_scale": 0.3},
+    "spherical": {"spherical": True, "codebook_scale": 2.0},
+    "rotated": {"orthogonal_rotation": True},
+    "both": {"orthogonal_rotation": True, "spherical": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_code_survives_the_round_trip(options):
+    layer = LFQ(dim=6, **options).eval()
+    index = torch.arange(64).unsqueeze(0)
+    codes = layer.indices_to_codes(index)
+    quantized, again, _ = layer(codes)
+    assert torch.equal(again, index) and torch.allclose(quantized, codes, atol=1e-6)
+    assert len(codes[0].unique(dim=0)) == 64
+    if layer.spherical:
+        assert torch.allclose(codes.norm(dim=-1), torch.full((1, 64), layer.codebook_scale))
+
+
+LAYOUTS = {
+    "single tokens": ({}, (7, 9)),
+    "sequence": ({}, (2, 7, 9)),
+    "channel first": ({"channel_first": True}, (2, 9, 7)),
+    "image": ({}, (2, 9, 3, 4)),
+    "image, channel last": ({"channel_first": False}, (2, 3, 4, 9)),
+    "video": ({"channel_first": True}, (2, 9, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("codebooks", (1, 2))
+def test_layouts(codebooks, layout):
+    """Every layout gives what the tokens alone give."""
+    options, shape = LAYOUTS[layout]
+    torch.manual_seed(0)
+    layer = LFQ(dim=9, codebook_size=16, num_codebooks=codebooks, **options)
+    plain = LFQ(dim=9, codebook_size=16, num_codebooks=codebooks, channel_first=False)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(shape)
+    first = shape[1] == 9 and len(shape) > 2
+    tokens = x.movedim(1, -1) if first else x
+    (quantized, indices, loss), expected = layer(x), plain(tokens)
+    assert torch.allclose(quantized.movedim(1, -1) if first else quantized, expected.quantized, atol=1e-6)
+    assert torch.equal(indices, expected.indices) and torch.allclose(loss, expected.entropy_aux_loss, atol=1e-6)
+    assert indices.shape == tokens.shape[:-1] + ((2,) if codebooks == 2 else ())
+    if x.dim() > 2 or not first:
+        assert torch.allclose(layer.eval().indices_to_codes(indices), quantized, atol=1e-6) or layout == "single tokens"
+    mask = torch.rand(tokens.shape[:-1]) < 0.5
+    masked = layer.train()(x, mask=mask)
+    assert torch.allclose(masked.entropy_aux_loss, plain(tokens[mask]).entropy_aux_loss, atol=1e-5)
+    if x.is_contiguous() and x.dim() == 4:
+        assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)).indices, indices)
+
+
+def test_index_minus_one_is_zero():
+    for options in ({}, {"dim": 9}):
+        layer = LFQ(codebook_size=16, **options)
+        codes = layer.indices_to_codes(torch.tensor([[3, -1]]))
+        assert codes[0, 0].any() and not codes[0, 1].any()
+
+
+# hostile input
+
+
+@pytest.mark.parametrize("poison", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("bits", (4, 7))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_non_finite_token_is_loud_but_alone(options, bits, poison):
+    layer = LFQ(dim=bits, commitment_loss_weight=0.5, **options)
+    clean = torch.randn(1, 11, bits)
+    x = clean.clone()
+    x[0, 4, 1] = poison
+    rest = [i for i in range(11) if i != 4]
+    x, alone = x.requires_grad_(), clean[:, rest].requires_grad_()
+    results = []
+    for leaf in (x, alone):
+        quantized, indices, loss = layer(leaf)
+        (loss * 3.0 + quantized[quantized.isfinite()].sum()).backward()
+        results.append((quantized, indices, loss))
+    (quantized, indices, loss), (q, i, expected) = results
+    assert indices[0, 4] == -1 and quantized[0, 4].isnan().all()
+    assert torch.equal(indices[:, rest], i) and torch.allclose(quantized[:, rest], q)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(x.grad[:, rest], alone.grad, atol=1e-6)
+    assert layer.eval()(x).quantized[0, 4].isnan().all()
+
+
+@pytest.mark.parametrize("options", ({}, {"frac_per_sample_entropy": 0.5}, {"spherical": True}))
+def test_nothing_to_learn_from(options):
+    for bits in (4, 7):
+        layer = LFQ(dim=bits, commitment_loss_weight=0.5, **options)
+        x = torch.randn(2, 6, bits, requires_grad=True)
+        (out, parts) = layer(x, mask=torch.zeros(2, 6, dtype=torch.bool), return_loss_breakdown=True)
+        out.entropy_aux_loss.backward()
+        assert out.entropy_aux_loss == 0.0 and not any(parts) and not x.grad.any()
+        out = layer(torch.randn(2, 0, bits))
+        assert out.quantized.shape == (2, 0, bits) and out.entropy_aux_loss == 0.0
+
+
+def test_zero_is_negative():
+    out = LFQ(dim=4).eval()(torch.zeros(1, 1, 4))
+    assert out.indices.item() == 0 and (out.quantized == -1.0).all()
+
+
+def test_a_share_of_the_valid_tokens():
+    layer = LFQ(dim=5, frac_per_sample_entropy=0.3)
+    drawn = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        valid = torch.rand(50) < 0.7
+        rows, counted = layer._sample(valid)
+        assert counted.sum() == int(valid.sum() * 0.3)
+        assert valid[rows[counted]].all() and len(set(rows.tolist())) == len(rows)
+        drawn |= set(rows[counted].tolist())
+    assert len(drawn) == 50, "each has its chance"
+
+
+def test_losses_in_evaluation_are_fresh():
+    layer = LFQ(dim=4).eval()
+    for _ in range(2):
+        out, parts = layer(torch.randn(1, 3, 4), return_loss_breakdown=True)
+        assert out.entropy_aux_loss == 0.0 and not any(parts)
+        out.entropy_aux_loss.add_(1.0)
+        parts.commitment.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({}, "dim and codebook_size are both missing"),
+        ({"codebook_size": 20}, "for example 32"),
+        ({"dim": 40}, "above the largest"),
+        ({"codebook_size": 16, "num_codebooks": 2, "keep_num_codebooks_dim": False}, "one codebook only"),
+        ({"dim": 4, "frac_per_sample_entropy": 0.0}, "above 0"),
+        ({"dim": 4, "soft_clamp_input_value": 0.5}, "under codebook_scale"),
+        ({"dim": 5, "codebook_size": 16, "has_projections": False}, "needs projections"),
+    ),
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        LFQ(**options)
+
+
+def test_shapes_that_do_not_fit():
+    layer = LFQ(dim=4)
+    for x, mask in (
+        (torch.randn(2, 3, 5), None),
+        (torch.randn(4), None),
+        (torch.randn(2, 3, 4), torch.ones(3, dtype=torch.bool)),
+        (torch.randn(2, 3, 4), torch.ones(2, 3)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            layer(x, mask=mask)
+
+
+# PyTorch's machinery
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+def test_dtypes(dtype):
+    for options in OPTIONS.values():
+        layer, x = LFQ(dim=7, **options), torch.randn(2, 20, 7).to(dtype)
+        cast = copy.deepcopy(layer).to(dtype)
+        for model in (layer, cast):
+            out = model(x)
+            assert out.quantized.dtype == dtype
+            assert out.entropy_aux_loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(cast(x).indices, layer(x.to(torch.promote_types(dtype, torch.float32))).indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = LFQ(dim=9, codebook_size=128)(torch.randn(2, 20, 9))
+    assert out.quantized.dtype == torch.bfloat16 and out.entropy_aux_loss.dtype == torch.float32
+
+
+COMPILED = {
+    "halves": {"dim": 8, "commitment_loss_weight": 0.1},
+    "a share": {"dim": 4, "frac_per_sample_entropy": 0.5},
+    "two codebooks": {"dim": 9, "codebook_size": 16, "num_codebooks": 2, "spherical": True},
+}
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_one_graph_with_a_mask(options):
+    torch._dynamo.reset()
+    layer = LFQ(**options)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (20, 33, 50):
+        x, mask = torch.randn(2, tokens, options["dim"]), torch.rand(2, tokens) < 0.7
+        torch.manual_seed(1)
+        a = compiled(x, mask=mask)
+        torch.manual_seed(1)
+        b = layer(x, mask=mask)
+        assert torch.equal(a.indices, b.indices) and torch.allclose(a.entropy_aux_loss, b.entropy_aux_loss, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_copies_and_usage():
+    layer = LFQ(dim=10, codebook_size=16, num_codebooks=2, straight_through_activation=nn.Tanh())
+    with pytest.raises(RuntimeError, match="last forward"):
+        layer.usage  # noqa: B018
+    out = layer(torch.randn(3, 50, 10))
+    usage = layer.usage
+    assert usage.counts.shape == (2, 16) and torch.equal(
+        usage.counts[0], out.indices[..., 0].flatten().bincount(minlength=16)
+    )
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        x = torch.randn(3, 50, 10)
+        assert torch.equal(twin.eval()(x).quantized, layer.eval()(x).quantized)
+
+
+# residual layers
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dim", (4, 9))
+def test_residual_round_trip(dim, options):
+    options = {key: value for key, value in options.items() if key != "codebook_scale"}
+    layer = ResidualLFQ(dim=dim, num_quantizers=3, codebook_size=16, **options).eval()
+    x = torch.randn(2, 30, dim)
+    quantized, indices, losses, codes = layer(x, return_all_codes=True)
+    assert torch.allclose(layer.get_output_from_indices(indices), quantized, atol=1e-6)
+    assert codes.shape == (3, 2, 30, 4) and indices.shape == (2, 30, 3) and losses.shape == (3,)
+    coarse = layer.get_codes_from_indices(indices[..., :2])
+    assert torch.equal(coarse[:2], codes[:2]) and not coarse[2].any()
+    assert not layer.get_output_from_indices(torch.full((1, 2, 3), -1)).any()
+    with pytest.raises(ValueError, match="at most 3"):
+        layer.get_codes_from_indices(torch.zeros(1, 1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dim", (4, 9))
+@pytest.mark.parametrize("kind", ("residual", "grouped", "grouped, by flag"))
+def test_residual_images(kind, dim):
+    """With a projection too; quantized has the layout of the input, indices are [..., B, H, W, Q]."""
+    torch.manual_seed(0)
+    if kind == "residual":
+        layer = ResidualLFQ(dim=dim, num_quantizers=3, codebook_size=16, quantize_dropout=True)
+    else:
+        image = {"accept_image_fmap": True} if kind == "grouped, by flag" else {}
+        layer = GroupedResidualLFQ(dim=2 * dim, groups=2, num_quantizers=3, codebook_size=16, **image)
+    x = torch.randn(2, layer.dim, 5, 6)
+    mask = torch.rand(2, 5, 6) < 0.5
+    for train in (True, False):
+        quantized, indices, losses = layer.train(train)(x, mask=mask)[:3]
+        assert quantized.shape == x.shape and indices.shape[-4:] == (2, 5, 6, 3) and losses.shape[-1] == 3
+    assert torch.allclose(layer.get_output_from_indices(indices), quantized, atol=1e-6)
+    tokens = x.movedim(1, -1).flatten(1, 2)
+    if kind != "grouped, by flag":
+        expected = layer(tokens)
+        assert torch.equal(expected[1].flatten(-3, -2).flatten(), indices.flatten())
+    usage = layer.usage if kind == "residual" else layer.usage[0]
+    assert len(usage) == 3 and usage[0].counts.sum() == 60
+
+
+def test_residual_options_that_do_not_fit():
+    for options, message in (
+        ({"num_quantizers": 0}, "at least one"),
+        ({"num_codebooks": 2}, "belong to LFQ"),
+        ({"quantize_dropout_cutoff_index": 5}, "cutoff"),
+        ({"codebook_size": 20}, "power of two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ResidualLFQ(**{"dim": 4, "num_quantizers": 3, "codebook_size": 16} | options)
+    with pytest.raises(ValueError, match="does not split"):
+        GroupedResidualLFQ(dim=7, groups=2, num_quantizers=2, codebook_size=16)
+
+
+def test_a_non_finite_token_in_residual_layers():
+    layer = ResidualLFQ(dim=4, num_quantizers=3, codebook_size=16)
+    x = torch.randn(1, 6, 4)
+    x[0, 2, 0] = torch.nan
+    quantized, indices, losses = layer(x)
+    assert (indices[0, 2] == -1).all() and quantized[0, 2].isnan().all() and losses.isfinite().all()
+    assert quantized[0, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+# the others
+
+
+def test_random_projections_are_the_nearest_directions():
+    layer = RandomProjectionQuantizer(dim=12, codebook_size=30, codebook_dim=5, num_codebooks=3)
+    layer.train()
+    assert layer.training and not layer.vq.training
+    x = 3.0 + 2.0 * torch.randn(2, 40, 12)
+    x[0, 0, 0] = torch.nan
+    indices = layer(x)
+    z = nn.functional.layer_norm(x, (12,))
+    z = layer.vq.project_in(torch.cat([z @ projection for projection in layer.rand_projs], -1)).double()
+    for book, part in enumerate(z.chunk(3, -1)):
+        cosine = part @ layer.vq._codebook.embed[book].double().mT
+        expected = cosine.argmax(-1)
+        expected[0, 0] = -1
+        assert torch.equal(indices[..., book], expected)
+    assert torch.equal(layer(x), indices), "nothing changes"
+    assert torch.equal(layer(x[1]), indices[1]), "any number of dimensions"
+    assert layer.usage.counts.shape == (3, 30)
+
+
+@pytest.mark.parametrize("bits", (2, 6))
+def test_binary_mapper_gradient_is_that_of_the_probabilities(bits):
+    mapper = BinaryMapper(bits)
+    logits = torch.randn(5, bits, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 2**bits, dtype=torch.float64)
+    one_hot, indices, _ = mapper(logits, return_indices=True)
+    assert torch.equal(one_hot.detach(), nn.functional.one_hot(indices, 2**bits).double())
+    codes = [torch.full((5,), code) for code in range(2**bits)]
+    probability = torch.stack([mapper.log_prob(logits, indices=code) for code in codes], -1).exp()
+    assert torch.allclose(probability.sum(-1), torch.ones(5, dtype=torch.float64))
+    a = torch.autograd.grad((one_hot * weight).sum(), logits)[0]
+    b = torch.autograd.grad((probability * weight).sum(), logits)[0]
+    assert torch.allclose(a, b, atol=1e-12)
+    assert not mapper(logits, straight_through=False)[0].requires_grad
+
+
+def test_binary_mapper_draws_by_the_probabilities():
+    torch.manual_seed(0)
+    logits = torch.tensor([1.0, -0.5])
+    indices = BinaryMapper(2)(logits.expand(40_000, 2), return_indices=True)[1]
+    p, q = logits.sigmoid().tolist()  # the first bit is the least significant
+    expected = [(1 - p) * (1 - q), p * (1 - q), (1 - p) * q, p * q]
+    assert torch.allclose(indices.bincount(minlength=4) / 40_000, torch.tensor(expected), atol=0.01)
+
+
+def test_binary_mapper_with_hostile_logits():
+    mapper = BinaryMapper(3, kl_loss_threshold=0.0)
+    logits = torch.randn(6, 3)
+    logits[2, 1] = torch.nan
+    logits[4] = torch.tensor([torch.inf, -torch.inf, 1e30])
+    logits.requires_grad_()
+    one_hot, indices, loss = mapper(logits, return_indices=True)
+    assert indices[2] == -1 and one_hot[2].isnan().all() and indices[4] == 0b101
+    clean = logits.detach()[[0, 1, 3, 4, 5]]
+    assert torch.allclose(loss, mapper.calc_aux_loss(clean))
+    (one_hot[[0, 1, 3, 4, 5]].square().sum() + loss).backward()
+    assert logits.grad[[0, 1, 3, 4, 5]].isfinite().all() and not logits.grad[2].any()
+    with pytest.raises(ValueError, match="expected"):
+        mapper(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="one of"):
+        mapper.log_prob(logits)
+
+
+@pytest.mark.parametrize(
+    "options", ({"dim": 8}, {"dim": 8, "codebook_size": 64}, {"dim": 8, "orthogonal_rotation": True})
+)
+def test_evo_lfq_decodes_what_it_encodes(options):
+    layer = EvoLFQ(nn.Linear(5, 8), nn.Linear(8, 5), **options).train()
+    for x in (torch.randn(7, 5), torch.randn(3, 4, 5)):
+        for signs in (False, True):
+            decoded = layer.decode_bits(layer.encode(x, return_signs=signs))
+            assert torch.allclose(decoded, layer.eval()(x).reconstructed, atol=1e-5)
+        assert layer.train().training
+
+
+def test_evo_lfq_keeps_the_fittest_it_has_seen():
+    torch.manual_seed(0)
+    layer = EvoLFQ(nn.Identity(), nn.Identity(), dim=12, pop_size=20, generations=15, mutation_rate=0.05)
+    goal = torch.where(torch.rand(12) < 0.5, 1.0, -1.0)
+
+    def fitness(decoded, population):
+        return (decoded == goal).float().sum(-1)
+
+    best = []
+    for result in layer.evolve(fitness, shape=(12,), return_best_decoded=True):
+        assert (result.best_decoded == goal).sum() == result.best_fitness
+        assert torch.equal(layer.decode_bits(result.best_gene[None])[0], result.best_decoded)
+        best.append(result.best_fitness)
+    assert best == sorted(best) and best[-1] > best[0] and len(best) == 15
+    for options in ({"dim": 4, "pop_size": 1}, {}):
+        with pytest.raises(ValueError):
+            EvoLFQ(nn.Identity(), nn.Identity(), **options)
+    with pytest.raises(ValueError, match="shape"):
+        next(layer.evolve(fitness))

@@ -40,13 +40,14 @@ class Record:
 record = Record()
 
 
-def pair(name, **options):
-    """Both layers from one seed, with equal checkpoints that load strictly in both directions."""
+def pair(name, make_options=dict, **options):
+    """Both layers from one seed, with equal checkpoints that load strictly in both directions. ``make_options``: more
+    options, made anew for each layer."""
     record.configurations.add(f"{name}({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})")
     layers = []
     for package in (ours, theirs):
         torch.manual_seed(0)
-        layers.append(getattr(package, name)(**options))
+        layers.append(getattr(package, name)(**options, **make_options()))
     mine, other = layers
     a, b = mine.state_dict(), other.state_dict()
     assert a.keys() == b.keys()
@@ -90,23 +91,29 @@ def run(layer, x, weight, **kwargs):
     """-> outputs, gradients of the input and of every parameter."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    out = layer(x, **kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # the same noise for both layers
+        out = layer(x, **kwargs)
     if layer.training:
         ((out[0] * weight).sum() + (out[2] * torch.arange(1.0, out[2].numel() + 1).view(out[2].shape)).sum()).backward()
     return out, x.grad, {n: p.grad for n, p in layer.named_parameters()}
 
 
-def compare(mine, other, x, tolerance=1e-5, **kwargs):
+def compare(mine, other, x, tolerance=1e-5, gradients=True, **kwargs):
+    """``gradients``: False where theirs are those of the codewords after the EMA step."""
     weight = torch.randn_like(x)
-    (q1, i1, l1, *_), g1, p1 = run(mine, x, weight, **kwargs)
-    (q2, i2, l2, *_), g2, p2 = run(other, x, weight, **kwargs)
+    (q1, i1, l1, *more1), g1, p1 = run(mine, x, weight, **kwargs)
+    (q2, i2, l2, *more2), g2, p2 = run(other, x, weight, **kwargs)
     assert i1.dtype == i2.dtype and i1.shape == i2.shape
     assert torch.equal(i1, i2), "indices differ; check the rows by same_choice"
     close(q1, q2, tolerance, "quantized")
     close(l1, l2, tolerance, "loss")
-    if mine.training:
+    if kwargs.get("return_loss_breakdown"):
+        for part, a, b in zip(more1[0]._fields, more1[0], more2[0], strict=True):
+            close(a.detach(), b.detach(), tolerance, part)
+    if mine.training and gradients:
         close(g1, g2, tolerance, "gradient of x")
-    for name in p1:
+    for name in p1 if gradients else ():
         assert (p1[name] is None) == (p2[name] is None), name
         if p1[name] is not None:
             close(p1[name], p2[name], tolerance, name)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 # name: file, what stands there (a regular expression), what replaces it, the tests that should notice
 KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", "tests/test_gradients.py"
 SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "tests/test_layers_latent.py"
+LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differential.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
@@ -109,15 +110,51 @@ MUTATIONS = {
     "ResidualFSQ: residual keeps its gradient": (
         "vqkernels/layers/residual_fsq.py", r"residual - code\.detach\(\)", "residual - code", FSQ),
     "LatentQuantize: the two losses are exchanged": (
-        "vqkernels/layers/latent_quantization.py", r"self\.commitment_loss_weight \* _mean_square", "self.quantization_loss_weight * _mean_square", LATENT),
+        "vqkernels/layers/latent_quantization.py", r"self\.commitment_loss_weight \* self", "self.quantization_loss_weight * self", LATENT),
     "LatentQuantize: values move away from the features": (
         "vqkernels/layers/latent_quantization.py", r"parameter\.grad = grad", "parameter.grad = -grad", LATENT),
     "LatentQuantize: NaN counts in the loss": (
-        "vqkernels/layers/latent_quantization.py", r"torch\.where\(usable\.unsqueeze\(-1\), a - b, 0\.0\)", "(a - b)", LATENT),
+        "vqkernels/layers/latent_quantization.py", r"torch\.where\(usable\.unsqueeze\(-1\), t, 0\.0\)", "t", LATENT),
     "FSP: noise twice as wide as a level": (
         "vqkernels/layers/finite_scalar_perturbation.py", r"/ \(2 \* self\._levels\)", "/ self._levels", LATENT),
     "FSP: variance is biased": (
         "vqkernels/layers/finite_scalar_perturbation.py", r"\(count - 1\)\.clamp", "count.clamp", "tests/test_layers_latent_differential.py"),
+    "LFQ: no gradient through the sign": (
+        "vqkernels/layers/lfq.py", r"\(passed - passed\.detach\(\)\)", "0 * passed", LFQ),
+    "LFQ: the batch's entropy is to be small": (
+        "vqkernels/layers/lfq.py", r"per_sample - self\.diversity_gamma", "per_sample + self.diversity_gamma", LFQ_BESIDE),
+    "LFQ: half the temperature": (
+        "vqkernels/layers/lfq.py", r"\(4\.0 \* self\._unit", "(2.0 * self._unit", LFQ_BESIDE),
+    "LFQ: commitment to the codes as they are after the loss": (
+        "vqkernels/layers/lfq.py", r"\(z - codes\.nan_to_num\(0\.0\)\)", "(z - z.detach())", LFQ_BESIDE),
+    "LFQ: rare codes without the clamp": (
+        "vqkernels/layers/bit_entropy.py", r"_excess\(log_high, log_low\)\)", "0 * _excess(log_high, log_low))", LFQ),
+    "LFQ: no gradient at features that are 0": (
+        "vqkernels/layers/bit_entropy.py", r"\[one \+ logits, one\]", "[logits.relu(), one]", LFQ),
+    "LFQ: bits in reverse order": (
+        "vqkernels/layers/bit_entropy.py", r"arange\(bits - 1, -1, -1,", "arange(bits,", LFQ),
+    "LFQ: masked tokens count": (
+        "vqkernels/layers/lfq.py", r"finite\.flatten\(\) & mask", "finite.flatten()", LFQ),
+    "LFQ: a NaN reaches the loss": (
+        "vqkernels/layers/lfq.py", r"z\.nan_to_num\(0\.0, 0\.0, 0\.0\)", "z", LFQ),
+    "LFQ: a NaN gets a code": (
+        "vqkernels/layers/lfq.py", r" \+ \(probe \* 0\.0\)\[\.\.\., None, None\]", "", LFQ),
+    "LFQ: spherical codes are too long": (
+        "vqkernels/layers/lfq.py", r"self\.codebook_scale / math\.sqrt\(self\.codebook_dim\)", "self.codebook_scale", LFQ),
+    "LFQ: a share of all tokens, valid or not": (
+        "vqkernels/layers/lfq.py", r"torch\.where\(valid, order, order \+ total\)", "order", LFQ),
+    "ResidualLFQ: codes do not shrink": (
+        "vqkernels/layers/residual_lfq.py", r"codebook_scale=2\.0\*\*-level", "codebook_scale=1.0", LFQ_BESIDE),
+    "ResidualLFQ: residual keeps its gradient": (
+        "vqkernels/layers/residual_lfq.py", r"residual - code\.detach\(\)", "residual - code", LFQ_BESIDE),
+    "RandomProjectionQuantizer: input is not standardised": (
+        "vqkernels/layers/random_projection_quantizer.py", r"self\.norm\(features", "(features", LFQ),
+    "BinaryMapper: gradient of the logits, not of the probabilities": (
+        "vqkernels/layers/binary_mapper.py", r"to_one \* \(-logits\)\.sigmoid\(\)", "to_one", LFQ),
+    "BinaryMapper: loss has no threshold": (
+        "vqkernels/layers/binary_mapper.py", r"\(divergence - self\.kl_loss_threshold\)", "divergence", LFQ_BESIDE),
+    "EvoLFQ: the best is taken from the next generation": (
+        "vqkernels/layers/evo_lfq.py", r"parents\[fittest\]", "pop_bits[fittest]", LFQ),
 }  # fmt: skip
 
 

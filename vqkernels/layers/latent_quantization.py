@@ -186,10 +186,12 @@ class LatentQuantize(RemembersIndices, nn.Module):
         loss = tokens.new_zeros(())
         if not self.training:
             return loss
+        count = (usable.sum() * self.dim).clamp(min=1)
+        tokens, output = (torch.where(usable.unsqueeze(-1), t, 0.0) for t in (tokens, output))
         if self.commitment_loss_weight:
-            loss = loss + self.commitment_loss_weight * _mean_square(tokens.detach(), output, usable)
+            loss = loss + self.commitment_loss_weight * self.commitment_loss(tokens, output, "sum") / count
         if self.quantization_loss_weight:
-            loss = loss + self.quantization_loss_weight * _mean_square(output.detach(), tokens, usable)
+            loss = loss + self.quantization_loss_weight * self.quantization_loss(tokens, output, "sum") / count
         return loss
 
     def _step(self, z: Tensor, level: Tensor) -> None:
@@ -197,8 +199,10 @@ class LatentQuantize(RemembersIndices, nn.Module):
         parameters = list(self.values_per_latent)
         with torch.enable_grad():
             pairs = zip(parameters, level.clamp(min=0).unbind(-1), strict=True)
-            chosen = torch.stack([values[index] for values, index in pairs], -1)
-            loss = _mean_square(z, chosen.to(z.dtype), (level >= 0).all(-1))
+            chosen = torch.stack([values[index] for values, index in pairs], -1).to(z.dtype)
+            usable = level >= 0
+            squares = torch.where(usable, z - chosen, 0.0).square().sum()
+            loss = squares / usable.sum().clamp(min=1)
             for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = grad
         self.in_place_codebook_optimizer.step()
@@ -226,9 +230,3 @@ class _FixedValues(nn.Module):
 def _even_values(count: int) -> Tensor:
     """Zero is among them and -0.5 is the first."""
     return torch.linspace(-0.5, 0.5, count) if count % 2 else torch.arange(count) / count - 0.5
-
-
-def _mean_square(a: Tensor, b: Tensor, usable: Tensor) -> Tensor:
-    """Over the tokens at True; a, b ``[..., d]``, usable ``[...]``."""
-    squares = torch.where(usable.unsqueeze(-1), a - b, 0.0).square().sum()
-    return squares / (usable.sum() * (a.numel() // max(usable.numel(), 1))).clamp(min=1)

@@ -277,9 +277,8 @@ def test_copies(layer):
         assert torch.equal(other(x)[0], expected)
 
 
-@pytest.mark.parametrize("train", (True, False))
-@pytest.mark.parametrize("name", ("projected", "clamp", "residual"))
-def test_compiles_once_for_all_batch_sizes(name, train):
+@pytest.mark.parametrize("name", ("clamp", "rotated"))
+def test_compiles_once_for_all_batch_sizes(name):
     layer = LAYERS[name]()
     torch._dynamo.reset()
     graphs = []
@@ -288,7 +287,7 @@ def test_compiles_once_for_all_batch_sizes(name, train):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    compiled = torch.compile(layer.train(train), fullgraph=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for rows in (33, 47, 21):
         x, results = torch.randn(2, rows, layer.dim), []
         for module in (compiled, layer):
@@ -299,14 +298,6 @@ def test_compiles_once_for_all_batch_sizes(name, train):
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
     assert len(graphs) <= 2
-
-
-def test_exports_with_a_dynamic_batch(layer):
-    layer.eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (torch.randn(4, 10, layer.dim),), dynamic_shapes=({0: batch},)).module()
-    x = torch.randn(7, 10, layer.dim)
-    assert all(torch.equal(a, b) for a, b in zip(program(x), layer(x), strict=True))
 
 
 def test_usage():

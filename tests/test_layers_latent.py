@@ -187,37 +187,6 @@ def test_copies(layer):
         assert torch.equal(other(x)[0], expected)
 
 
-@pytest.mark.parametrize("train", (True, False))
-@pytest.mark.parametrize("name", ("latent projected", "fsp projected"))
-def test_compiles_once_for_all_batch_sizes(name, train):
-    torch._dynamo.reset()
-    layer, graphs = LAYERS[name]().train(train), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for rows in (33, 47, 21):
-        x, results = torch.randn(2, layer.dim, rows), []
-        for module in (compiled, layer):
-            v = x.clone().requires_grad_()
-            quantized, index, loss, *_ = module(v)
-            (quantized.square().sum() + loss).backward()
-            results.append((quantized.detach(), index, loss.detach(), v.grad))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) <= 2
-
-
-def test_exports_with_a_dynamic_batch(layer):
-    layer.eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (torch.randn(4, layer.dim, 10),), dynamic_shapes=({0: batch},)).module()
-    x = torch.randn(7, layer.dim, 10)
-    assert all(torch.equal(a, b) for a, b in zip(program(x)[:2], layer(x)[:2], strict=True))
-
-
 def test_usage():
     for name, codebooks in (("latent", None), ("latent projected", 2), ("fsp", None)):
         layer = LAYERS[name]()

@@ -209,38 +209,6 @@ def test_copies(layer):
         assert torch.equal(other(x)[0], expected)
 
 
-@pytest.mark.parametrize("train", (True, False))
-@pytest.mark.parametrize("name", ("one", "residual"))
-def test_compiles_once_for_all_batch_sizes(name, train):
-    torch._dynamo.reset()
-    layer, graphs = LAYERS[name]().train(train), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for rows in (33, 47, 21):
-        x = torch.randn(2, rows, DIM)
-        expected = step(layer, x)
-        v = x.clone().requires_grad_()
-        layer.zero_grad()
-        quantized, index, loss = compiled(v)
-        (quantized.square().sum() + loss.sum()).backward()
-        got = (quantized.detach(), index, loss.detach(), v.grad, *(p.grad for p in layer.parameters()))
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(graphs) <= 2
-
-
-def test_exports_with_a_dynamic_batch(layer):
-    layer.eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (torch.randn(4, 10, DIM),), dynamic_shapes={"x": {0: batch}}).module()
-    x = torch.randn(7, 10, DIM)
-    assert all(torch.equal(a, b) for a, b in zip(program(x), layer(x), strict=True))
-
-
 def test_usage_and_sizes():
     layer = SimVQ(DIM, K)
     with pytest.raises(RuntimeError, match="there was none"):

@@ -1,4 +1,4 @@
-"""What the quantizer layers share: input layouts, masks, and options that this version does not have."""
+"""What the quantizer layers share: input layouts, masks, and the split of features among heads."""
 
 from __future__ import annotations
 
@@ -143,11 +143,3 @@ def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook ``[K, D]``, indices of any shape -> codewords ``[..., D]``; a negative index gives a zero vector."""
     codes = torch.nn.functional.embedding(indices.clamp(min=0), codebook)
     return codes.masked_fill((indices < 0).unsqueeze(-1), 0.0)
-
-
-def reject_unsupported(owner: str, given: dict, defaults: dict) -> None:
-    """An option that would change the result and is not implemented must not pass in silence."""
-    for name, default in defaults.items():
-        value = given.get(name, default)
-        if value is not default and value != default:
-            raise ValueError(f"{owner}: {name}={value!r} is not supported yet; leave it at {default!r}")

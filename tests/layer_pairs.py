@@ -67,6 +67,16 @@ def close(a, b, tolerance=1e-5, what=""):
     assert error <= tolerance * scale, f"{what}: differs by {error}, allowed {tolerance * scale}"
 
 
+def same(a, b, what=""):
+    """Both tensors or None: numbers close, indices equal."""
+    if a is None or b is None:
+        assert a is b, what
+    elif a.is_floating_point():
+        close(a.detach(), b.detach(), what=what)
+    else:
+        assert torch.equal(a, b), what
+
+
 def close_states(mine, other, tolerance=1e-5):
     a, b = mine.state_dict(), other.state_dict()
     assert a.keys() == b.keys()

@@ -45,8 +45,10 @@ def _search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width: int
         index, code = index.unflatten(0, (-1, beam)).flatten(1), code.unflatten(0, (-1, beam)).flatten(1, 2)
         score = score.repeat_interleave(tried, 1) + weights[level] * error.unflatten(0, (-1, beam)).flatten(1)
         kept = min(width if level + 1 < len(levels) else 1, beam * tried)
-        score, best = score.sort(dim=-1, stable=True)
-        score, best = score[:, :kept], best[:, :kept]
+        best = torch.arange(beam * tried, device=z.device).expand(len(z), -1)
+        if kept < beam * tried:
+            score, best = score.sort(dim=-1, stable=True)
+            score, best = score[:, :kept], best[:, :kept]
         parent = best // tried
         code = _rows(code, best)
         residual, total = _rows(residual, parent) - code, _rows(total, parent) + code

@@ -387,10 +387,10 @@ class ResidualVQ(nn.Module):
             routed = self.training and vector.requires_grad and layer.route_gradients_to_input
             passed = layer.choose._pass_gradient(vector, code, routed)
             error = mean_square(vector, code.detach(), usable), mean_square(vector.detach(), code, usable)
-            if updating:
-                layer._codebook.update(vector.detach(), index)
             chosen = Chosen(passed, index, *error, similarity)
             loss, _ = layer._losses(vector, embed, None, chosen, layer.trains_by_loss(frozen), lead, None)
+            if updating:
+                layer._codebook.update(vector.detach(), index)
             layer._remember(index)
             if self.training and layer.sync_update_v > 0.0:
                 passed = passed + layer.sync_update_v * (passed - passed.detach())

@@ -58,16 +58,16 @@ class BitEntropies(nn.Module):
         high, low = self.high.to(logits.dtype), self.low.to(logits.dtype)
         # an exponential beyond this bound is invisible in a sum; within it, products of two and a weight stay normal
         bound = -0.4 * math.log(torch.finfo(logits.dtype).tiny)
+        logits = logits.clamp(-bound, bound)
         if self.bits <= _ONE_TABLE:
             # minus the cost of every bit that is not the likelier one: no large numbers cancel
             one = (-logits).relu()
             cost = torch.stack([one + logits, one], -1).flatten(-2) @ high
-            log_table = (-cost.clamp(max=bound)).log_softmax(-1)
+            log_table = (-cost).log_softmax(-1)
             table = log_table.exp()
             rows = -(table * log_table.clamp(min=_LOG_SMALLEST)).sum(-1)
             return (rows @ weight).mean(), weight @ table
 
-        logits = logits.clamp(-bound, bound)
         log_bits = F.logsigmoid(torch.stack([-logits, logits], -1)).flatten(-2)
         log_high, log_low = log_bits.split([len(high), len(low)], -1)
         log_high, log_low = (log_high @ high).clamp(min=-bound), (log_low @ low).clamp(min=-bound)

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
+from test_layers_distributed import in_processes
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,6 +324,25 @@ def test_copies_and_usage():
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         x = torch.randn(3, 50, 10)
         assert torch.equal(twin.eval()(x).quantized, layer.eval()(x).quantized)
+
+
+def entropy_of_a_share(rank, world, join=lambda: None):
+    layer = LFQ(dim=7)  # built before the processes know of one another
+    join()
+    x = torch.randn(1, 30, 7, generator=torch.Generator().manual_seed(9)).double()
+    mine = x[:, [slice(0, 30), slice(0, 12), slice(12, 30)][rank + (world > 1)]].requires_grad_()
+    entropy = layer(mine, return_loss_breakdown=True)[1].batch_entropy
+    entropy.backward()
+    return entropy.detach(), mine.grad
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
+def test_two_processes_share_the_entropy_of_the_batch(tmp_path):
+    """Of unequal shares too; averaged as DistributedDataParallel does, the gradient is that of the joined batch."""
+    ((expected, grad),) = in_processes(1, entropy_of_a_share, tmp_path)
+    (a, grad_a), (b, grad_b) = in_processes(2, entropy_of_a_share, tmp_path)
+    assert torch.allclose(a, expected) and torch.allclose(b, expected)
+    assert torch.allclose(torch.cat([grad_a, grad_b], 1) / 2, grad)
 
 
 # residual layers

@@ -96,7 +96,7 @@ class Codebook(nn.Module):
         """
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         embed = embed.to(dtype)
-        embed = embed.clone() if snapshot else embed
+        embed = _snapshot(embed) if snapshot else embed
         if self.vq_bridge is not None:
             with torch.autocast(embed.device.type, enabled=False):
                 embed = self.vq_bridge(embed).to(dtype)
@@ -272,6 +272,21 @@ class Codebook(nn.Module):
         dist.all_reduce(fresh)
         dist.all_reduce(found)
         return fresh, found > 0
+
+
+def _snapshot(t: Tensor) -> Tensor:
+    return _opaque_copy(t) if torch.compiler.is_compiling() else t.clone()
+
+
+@torch.library.custom_op("vqkernels::opaque_copy", mutates_args=())
+def _opaque_copy(t: Tensor) -> Tensor:
+    """A copy that the compiler leaves alone: it may save a buffer for backward in the place of its plain copy, although
+    the graph writes into the buffer afterwards (torch 2.13)."""
+    return t.clone()
+
+
+_opaque_copy.register_fake(torch.empty_like)
+_opaque_copy.register_autograd(lambda ctx, grad: grad)
 
 
 def normalize(t: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class ResidualQuantizeFn(torch.autograd.Function):
     """z [H,N,D], codebooks Q x [H,K_l,D]. The gradient of the losses is fused into the estimator's backward pass."""
 
     @staticmethod
-    def forward(ctx, z, mask, metric, estimator, per_level, beta, *codebooks):
+    def forward(ctx, *args):  # torch.compile counts named parameters, and with two codebooks would leave out ctx
+        z, mask, metric, estimator, per_level, beta, *codebooks = args
         indices, quantized, losses, valid = pick("residual_quantize", z.device)(z, list(codebooks), mask, metric)
         ctx.save_for_backward(z, indices, valid, *codebooks)
         ctx.mark_non_differentiable(indices)

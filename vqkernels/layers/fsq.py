@@ -155,8 +155,8 @@ class FSQ(RemembersIndices, nn.Module):
         return self._bound(z, 1e-3, self.bound_hard_clamp)
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """-> codes and indices: in one kernel for the default bound, which ONNX does not know."""
-        if self.preserve_symmetry or self.bound_hard_clamp or torch.onnx.is_in_onnx_export():
+        """-> codes and indices: in one kernel for the default bound."""
+        if self.preserve_symmetry or self.bound_hard_clamp:
             codes, digits = self._codes_and_digits(z)
             return codes, mixed_radix(digits, self._basis, self.codebook_size) if self.return_indices else None
         if self.return_indices:

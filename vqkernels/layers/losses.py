@@ -80,5 +80,6 @@ def used_codes(indices: Tensor, codebook_size: int) -> Tensor:
 
 
 def trainable(loss: Tensor) -> Tensor:
-    """A loss that ``backward`` accepts even when no input needs a gradient."""
-    return loss if loss.requires_grad or not torch.is_grad_enabled() else loss.requires_grad_()
+    """A loss that ``backward`` accepts even when no input needs a gradient. A compiled graph cannot make one."""
+    as_is = loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return loss if as_is else loss.requires_grad_()

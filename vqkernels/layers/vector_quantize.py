@@ -415,7 +415,9 @@ class VectorQuantize(RemembersIndices, nn.Module):
             positions = math.prod(lead[1:])
             by_sample = (z.shape[0], z.shape[1] // max(positions, 1), positions)
             diversity = diversity_loss(
-                similarity.reshape(*by_sample, -1), usable.reshape(by_sample), self.codebook_diversity_temperature
+                similarity.reshape(*by_sample, self.codebook_size),
+                usable.reshape(by_sample),
+                self.codebook_diversity_temperature,
             )
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if self.orthogonal_reg_weight > 0.0:

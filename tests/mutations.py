@@ -22,6 +22,8 @@ KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", 
 SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "tests/test_layers_latent.py"
 LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differential.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
+OPTIONS, OPTIONS_BESIDE = "tests/test_layers_options.py", "tests/test_layers_options_differential.py"
+VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
@@ -76,9 +78,43 @@ MUTATIONS = {
     "layer: dead codewords never expire": (
         "vqkernels/layers/codebook.py", r"if not self\.threshold_ema_dead_code or", "if True or", LAYERS),
     "layer: commitment loss times three": (
-        "vqkernels/layers/vector_quantize.py", r"_trainable\(commitment \*", "_trainable(3 * commitment *", LAYERS),
+        VQ, r"orthogonal = commitment \*", "orthogonal = 3 * commitment *", LAYERS),
     "layer: commitment loss of topk times three": (
-        "vqkernels/layers/vector_quantize.py", r"loss = commitment \* self", "loss = 3 * commitment * self", "tests/test_layers_differential.py"),
+        VQ, r"loss = commitment \* self", "loss = 3 * commitment * self", "tests/test_layers_differential.py"),
+    "layer: gradients reach the input although not routed": (
+        CHOICE, r"z\.requires_grad and self\.route", "z.requires_grad", OPTIONS_BESIDE),
+    "layer: codes are not sampled": (
+        CHOICE, r"scores \+ gumbel_noise\(scores\)", "scores", OPTIONS),
+    "layer: Gumbel weights without the noise of the choice": (
+        CHOICE, r"\(noisy / sampling\.temperature", "(logits / sampling.temperature", OPTIONS),
+    "layer: no gradient through the Gumbel weights": (
+        CHOICE, r"codes \+ \(mean - mean\.detach\(\)\)", "codes", OPTIONS),
+    "layer: directional output does not train the codewords": (
+        CHOICE, r"error\.norm\(dim=-1", "error.detach().norm(dim=-1", OPTIONS),
+    "layer: the nearest candidates are the farthest": (
+        CHOICE, r"return -torch\.nn\.functional\.pairwise", "return torch.nn.functional.pairwise", OPTIONS_BESIDE),
+    "layer: diversity loss with the wrong sign": (
+        LOSSES, r"= \(mean \* mean", "= -(mean * mean", OPTIONS),
+    "layer: diversity of padding": (
+        LOSSES, r"softmax\(-1\) \* usable\.unsqueeze\(-1\)", "softmax(-1)", OPTIONS),
+    "layer: orthogonal loss without the square": (
+        LOSSES, r"gram\.square\(\)", "gram.abs()", OPTIONS_BESIDE),
+    "layer: orthogonal loss of idle codewords": (
+        LOSSES, r"unit \* active\.unsqueeze\(-1\)", "unit", OPTIONS),
+    "layer: cross entropy is the mean square": (
+        VQ, r"cross_entropy\(similarity, chosen\.indices\)", "chosen.commitment", OPTIONS_BESIDE),
+    "layer: the synchronous update pulls back": (
+        VQ, r"quantized \+ self\.sync_update_v", "quantized - self.sync_update_v", OPTIONS_BESIDE),
+    "layer: the in-place step goes uphill": (
+        VQ, r"chosen\.codebook_loss\.backward\(\)", "(-chosen.codebook_loss).backward()", OPTIONS),
+    "layer: the bridge is not crossed": (
+        "vqkernels/layers/codebook.py", r"self\.vq_bridge\(embed\)\.to", "embed.to", OPTIONS),
+    "layer: learnable codewords leave the sphere": (
+        "vqkernels/layers/codebook.py", r"return normalize\(embed\) if", "return embed if", OPTIONS),
+    "layer: the affine EMA forgets the map": (
+        "vqkernels/layers/affine.py", r"return \(z - batch_mean\) / scale \+ mean", "return z", OPTIONS_BESIDE),
+    "layer: padding shifts the affine map": (
+        "vqkernels/layers/affine.py", r"isfinite\(\)\.all\(-1\) & mask", "isfinite().all(-1)", OPTIONS),
     "SimVQ: rotation becomes straight-through": (
         "vqkernels/layers/sim_vq.py", r'"rotation" if self\.rotation_trick', '"ste" if self.rotation_trick', SIMVQ),
     "SimVQ: no gradient to the transform": (

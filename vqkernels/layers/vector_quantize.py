@@ -393,11 +393,9 @@ class VectorQuantize(RemembersIndices, nn.Module):
         zero = chosen.commitment.new_zeros(())
         commitment = chosen.commitment
         if not self.training:
-            if k is None:
-                return zero, LossBreakdown(*(zero.clone() for _ in range(4)))
-            commitment = commitment.reshape(*lead, k)
-            loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
-            return loss, LossBreakdown(commitment, *(zero.clone() for _ in range(3)))
+            commitment = zero if k is None else commitment.reshape(*lead, k)
+            loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment.clone()
+            return loss, LossBreakdown(commitment, zero, zero, zero)
         similarity = None
         if self.codebook_diversity_loss_weight > 0.0 or self.commitment_use_cross_entropy_loss:
             similarity = self._similarity(z, embed, candidates, chosen)

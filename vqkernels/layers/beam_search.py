@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .search import chunk_rows
+from .search import chunks
 
 # z [N, D] and the sum chosen so far [N, D] -> the k best codewords of a level, best first: indices [N, k], codes
 # [N, k, D], squared errors [N, k]
@@ -30,14 +30,14 @@ def beam_search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width:
     """
     if not levels:
         raise ValueError("beam_search: levels is empty; at least one is needed")
-    rows = chunk_rows(z, width * width * z.shape[-1])
-    return torch.cat([_search(part, levels, weights.double(), width) for part in z.split(rows)])
+    parts = chunks(z, width * width * z.shape[-1])
+    return torch.cat([_search(part, levels, weights.double(), width) for part in parts])
 
 
 def _search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width: int) -> Tensor:
     residual = z.unsqueeze(1)  # [N, beam, D]
-    total, score = torch.zeros_like(residual), z.new_zeros(len(z), 1, dtype=torch.float64)
-    codes = torch.empty(len(z), 1, 0, dtype=torch.int64, device=z.device)
+    total, score = torch.zeros_like(residual), z.new_zeros(z.shape[0], 1, dtype=torch.float64)
+    codes = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
     for level, candidates in enumerate(levels):
         beam = residual.shape[1]
         index, code, error = candidates(residual.flatten(0, 1), total.flatten(0, 1))
@@ -45,7 +45,7 @@ def _search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width: int
         index, code = index.unflatten(0, (-1, beam)).flatten(1), code.unflatten(0, (-1, beam)).flatten(1, 2)
         score = score.repeat_interleave(tried, 1) + weights[level] * error.unflatten(0, (-1, beam)).flatten(1)
         kept = min(width if level + 1 < len(levels) else 1, beam * tried)
-        best = torch.arange(beam * tried, device=z.device).expand(len(z), -1)
+        best = torch.arange(beam * tried, device=z.device).expand(z.shape[0], -1)
         if kept < beam * tried:
             score, best = score.sort(dim=-1, stable=True)
             score, best = score[:, :kept], best[:, :kept]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import rotation_trick, vector_quantize
 from .losses import mean_square
-from .search import chunk_rows, nearest_k, similarities
+from .search import chunks, nearest_k, similarities
 from .tokens import lookup
 
 
@@ -223,7 +223,7 @@ def _sample(z: Tensor, codebook: Tensor, metric: str, k: int, temperature: float
     heads = []
     for rows, book in zip(z, codebook, strict=True):
         found = []
-        for part in rows.split(chunk_rows(rows, len(book))):
+        for part in chunks(rows, len(book)):
             scores = similarities(part.unsqueeze(0), book.unsqueeze(0), metric)[0] / temperature
             found.append(_best(scores + gumbel_noise(scores), k))
         heads.append(torch.cat(found))

@@ -28,7 +28,7 @@ class Phi(nn.Module):
         self.ratio = abs(float(ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.ratio <= 1e-8 else x.lerp(self.conv(x), self.ratio)
+        return x if self.ratio <= 1e-8 else x.lerp(self.conv(x).to(x.dtype), self.ratio)
 
 
 class HierarchicalVQ(nn.Module):

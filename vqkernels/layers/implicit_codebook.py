@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .choice import Sampling, gumbel_noise
-from .search import chunk_rows
+from .search import chunks
 
 
 class ImplicitCodebook(nn.Module):
@@ -57,8 +57,8 @@ class ImplicitCodebook(nn.Module):
 
         A chunk of vectors at a time, so that the N x K codewords never exist together.
         """
-        found, rows = [], chunk_rows(z, len(codebook) * self.widest)
-        for vectors, conditions in zip(z.split(rows), condition.split(rows), strict=True):
+        found, size = [], len(codebook) * self.widest
+        for vectors, conditions in zip(chunks(z, size), chunks(condition, size), strict=True):
             score = -self.distances(vectors, codebook, conditions)
             if sampling.noise:
                 score = score / sampling.temperature

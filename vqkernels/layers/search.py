@@ -8,9 +8,9 @@ from torch import Tensor
 _CHUNK = 1 << 22  # scores held at a time
 
 
-def chunk_rows(z: Tensor, scores: int) -> int:
-    """Rows of z per chunk, of so many scores each. A compiled graph has one chunk: it must fit every batch size."""
-    return max(1, len(z) if torch.compiler.is_compiling() else _CHUNK // scores)
+def chunks(z: Tensor, scores: int) -> tuple[Tensor, ...]:
+    """z in chunks of rows, of so many scores each. A compiled graph has one chunk: it must fit every batch size."""
+    return (z,) if torch.compiler.is_compiling() else z.split(max(1, _CHUNK // scores))
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str) -> Tensor:
     pool = min(K, 2 * k + 8)
     found = []
     with torch.autocast(z.device.type, enabled=False):
-        for part in z.split(chunk_rows(z, max(K, 2 * pool * D))):
+        for part in chunks(z, max(K, 2 * pool * D)):
             score = part @ codebook.T
             if metric == "l2":
                 score = 2.0 * score - codebook.square().sum(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -241,8 +243,8 @@ class ResidualVQ(nn.Module):
         elif self._one_pass(z):
             quantized, index, losses = self._all_levels(z, flat_mask, levels, frozen)
         else:
-            run = self._level_by_level(z.reshape(*lead, -1), mask, levels, frozen, sample_codebook_temp)
-            quantized, index, losses = run
+            z_tokens = z.reshape(*lead, self.codebook_dim)
+            quantized, index, losses = self._level_by_level(z_tokens, mask, levels, frozen, sample_codebook_temp)
         if self.diveq and self.training:
             usable = index[:, :1] >= 0
             moved = directional_reparam(torch.where(usable, z, 0.0), torch.where(usable, quantized, 0.0))
@@ -346,7 +348,9 @@ class ResidualVQ(nn.Module):
         """For ``codebook_transform_fn``: the candidates ``[1, B, N, K, D]`` of a level's tokens."""
         if self.mlps is None or level == 0:
             return None
-        condition = total.reshape(1, total.shape[0], -1, 1, total.shape[-1])
+        # a row that is no number has no part in the losses, but 0 times what it makes of the candidates would
+        shape = 1, total.shape[0], math.prod(total.shape[1:-1]), 1, self.codebook_dim
+        condition = total.nan_to_num(0.0, 0.0, 0.0).reshape(shape)
         return lambda codebook: self.mlps[level - 1](codebook[:, None, None], condition)
 
     # levels whose codes are searched first, all of them; then losses, gradients and EMA steps follow for these codes

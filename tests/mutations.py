@@ -130,11 +130,11 @@ MUTATIONS = {
     "dropout: levels are not rounded up to a multiple": (
         "vqkernels/layers/dropout.py", r"-\(-\(last \+ 1\) // multiple_of\) \* multiple_of", "last + 1", FSQ),
     "FSQ: no gradient through the rounding": (
-        "vqkernels/layers/fsq.py", r"return rounded\.detach\(\) \+ .*", "return rounded.detach() + 0 * x", FSQ),
+        "vqkernels/layers/tokens.py", r"return grad, None", "return 0 * grad, None", FSQ),
     "FSQ: symmetric codes lose their scale": (
-        "vqkernels/layers/fsq.py", r"return 2\.0 / steps \* _straight", "return 2.0 / (steps + 1) * _straight", FSQ),
+        "vqkernels/layers/fsq.py", r"\* \(2\.0 / steps\)", "* (2.0 / (steps + 1))", FSQ),
     "FSQ: clamped codes lose their scale": (
-        "vqkernels/layers/fsq.py", r"_straight_through\(bounded, rounded\) / width", "_straight_through(bounded, rounded)", FSQ),
+        "vqkernels/layers/fsq.py", r"straight_through\(bounded, rounded\) / width", "straight_through(bounded, rounded)", FSQ),
     "FSQ: indices in half precision": (
         "vqkernels/layers/fsq.py", r"zhat = at_least_float32\(zhat\)", "zhat = zhat.bfloat16()", FSQ),
     "FSQ: codes are not rotated back": (
@@ -162,19 +162,19 @@ MUTATIONS = {
     "LFQ: half the temperature": (
         "vqkernels/layers/lfq.py", r"\(4\.0 \* self\._unit", "(2.0 * self._unit", LFQ_BESIDE),
     "LFQ: commitment to the codes as they are after the loss": (
-        "vqkernels/layers/lfq.py", r"\(z - codes\.nan_to_num\(0\.0\)\)", "(z - z.detach())", LFQ_BESIDE),
+        "vqkernels/layers/lfq.py", r"\(z - codes\)\.nan", "(z - z.detach()).nan", LFQ_BESIDE),
     "LFQ: rare codes without the clamp": (
         "vqkernels/layers/bit_entropy.py", r"_excess\(log_high, log_low\)\)", "0 * _excess(log_high, log_low))", LFQ),
     "LFQ: no gradient at features that are 0": (
-        "vqkernels/layers/bit_entropy.py", r"\[one \+ logits, one\]", "[logits.relu(), one]", LFQ),
+        "vqkernels/layers/bit_entropy.py", r"\[one - logits, one\]", "[-logits.relu(), -(-logits).relu()]", LFQ),
     "LFQ: bits in reverse order": (
         "vqkernels/layers/bit_entropy.py", r"arange\(bits - 1, -1, -1,", "arange(bits,", LFQ),
     "LFQ: masked tokens count": (
-        "vqkernels/layers/lfq.py", r"finite\.flatten\(\) & mask", "finite.flatten()", LFQ),
+        "vqkernels/layers/lfq.py", r"valid & mask", "valid", LFQ),
     "LFQ: a NaN reaches the loss": (
-        "vqkernels/layers/lfq.py", r"z\.nan_to_num\(0\.0, 0\.0, 0\.0\)", "z", LFQ),
+        "vqkernels/layers/lfq.py", r"z\.transpose\(0, 1\)\)\.nan_to_num\(0\.0\)", "z.transpose(0, 1))", LFQ),
     "LFQ: a NaN gets a code": (
-        "vqkernels/layers/lfq.py", r" \+ \(probe \* 0\.0\)\[\.\.\., None, None\]", "", LFQ),
+        "vqkernels/layers/lfq.py", r" \+ poison\[\.\.\., None, None\]", "", LFQ),
     "LFQ: spherical codes are too long": (
         "vqkernels/layers/lfq.py", r"self\.codebook_scale / math\.sqrt\(self\.codebook_dim\)", "self.codebook_scale", LFQ),
     "LFQ: a share of all tokens, valid or not": (

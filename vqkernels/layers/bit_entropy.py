@@ -47,8 +47,8 @@ class BitEntropies(nn.Module):
     def forward(self, logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            logits: ``[C, N, d]`` of C independent codebooks, float32 or float64: bit i of a row is 1 with probability
-                ``sigmoid(logits[..., i])``.
+            logits: finite ``[C, N, d]`` of C independent codebooks, float32 or float64: bit i of a row is 1 with
+                probability ``sigmoid(logits[..., i])``.
             weight: ``[N]``, what each row counts in both means.
 
         Returns:
@@ -56,18 +56,15 @@ class BitEntropies(nn.Module):
             bit first.
         """
         high, low = self.high.to(logits.dtype), self.low.to(logits.dtype)
+        if self.bits <= _ONE_TABLE:
+            # every bit that is not the likelier one costs its logit: no large numbers cancel
+            one = logits.clamp(max=0.0)
+            table = (torch.stack([one - logits, one], -1).flatten(-2) @ high).softmax(-1)
+            return (entropy(table) @ weight).mean(), weight @ table
+
         # an exponential beyond this bound is invisible in a sum; within it, products of two and a weight stay normal
         bound = -0.4 * math.log(torch.finfo(logits.dtype).tiny)
         logits = logits.clamp(-bound, bound)
-        if self.bits <= _ONE_TABLE:
-            # minus the cost of every bit that is not the likelier one: no large numbers cancel
-            one = (-logits).relu()
-            cost = torch.stack([one + logits, one], -1).flatten(-2) @ high
-            log_table = (-cost).log_softmax(-1)
-            table = log_table.exp()
-            rows = -(table * log_table.clamp(min=_LOG_SMALLEST)).sum(-1)
-            return (rows @ weight).mean(), weight @ table
-
         log_bits = F.logsigmoid(torch.stack([-logits, logits], -1)).flatten(-2)
         log_high, log_low = log_bits.split([len(high), len(low)], -1)
         log_high, log_low = (log_high @ high).clamp(min=-bound), (log_low @ low).clamp(min=-bound)

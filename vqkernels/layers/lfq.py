@@ -222,25 +222,24 @@ class LFQ(RemembersIndices, nn.Module):
         features = self.project_in(tokens)
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(features)
-            # finite where all features are; a product costs less than testing them
-            probe = z.detach() @ z.new_full(z.shape[-1:], _TINY)
-            finite = probe.isfinite()
+            # 0, or NaN where a feature is NaN or infinite; a product costs less than a test
+            poison = (z.detach() @ z.new_full(z.shape[-1:], _TINY)) * 0.0
             z = self._quantizer_input(z)
-            bits = (z > 0).to(z.dtype) + (probe * 0.0)[..., None, None]  # a NaN makes its whole token NaN
+            bits = (z > 0).to(z.dtype) + poison[..., None, None]
             codes = bits * (2.0 * self._unit) - self._unit
             exact = torch.float32 if self.codebook_dim <= 24 else torch.float64
-            indices = (bits.to(exact) @ self.mask.to(exact)).long().masked_fill(~finite.unsqueeze(-1), -1)
+            indices = (bits.to(exact) @ self.mask.to(exact)).nan_to_num(-1.0).long()
             quantized = codes
             if self.training:
-                z = z.nan_to_num(0.0, 0.0, 0.0)
                 passed = self.activation(z)
                 quantized = codes + (passed - passed.detach())
-                valid = finite.flatten() if mask is None else finite.flatten() & mask
+                valid = indices[..., 0].flatten() >= 0
+                valid = valid if mask is None else valid & mask
                 entropies = return_loss_breakdown or self.entropy_loss_weight != 0.0
                 aux, breakdown = self._losses(z, codes, valid, inv_temperature, entropies)
             else:
                 aux = z.new_zeros(())
-                breakdown = LossBreakdown(*z.new_zeros(3).unbind())
+                breakdown = LossBreakdown(*z.new_zeros(3).unbind()) if return_loss_breakdown else None
             if self.orthogonal_rotation:
                 quantized = quantized @ self.orthogonal_rot.mT.to(z.dtype)
         quantized = self.project_out(quantized.flatten(-2).to(features.dtype))
@@ -265,20 +264,22 @@ class LFQ(RemembersIndices, nn.Module):
         """z, codes ``[..., num_codebooks, d]``, valid ``[N]``: the tokens that count."""
         z, codes = z.flatten(0, -3), codes.flatten(0, -3)
         weight = _shares(valid.to(z.dtype))
-        per_sample, batch, commitment = z.new_zeros(3).unbind()
+        per_sample = batch = commitment = z.new_zeros(())
         if self.commitment_loss_weight > 0.0:
-            commitment = (z - codes.nan_to_num(0.0)).square().mean((-2, -1)) @ weight
+            commitment = (z - codes).nan_to_num(0.0).square().mean((-2, -1)) @ weight
         if entropies:
             if self.frac_per_sample_entropy < 1.0:
                 rows, valid = self._sample(valid)
                 z, weight = z[rows], _shares(valid.to(z.dtype))
-            logits = (4.0 * self._unit * inv_temperature) * z.transpose(0, 1)
+            logits = ((4.0 * self._unit * inv_temperature) * z.transpose(0, 1)).nan_to_num(0.0)
             per_sample, mean = self.entropies(logits, weight)
             batch = entropy(_over_processes(mean, valid)).mean()
         loss = per_sample - self.diversity_gamma * batch
         if self.experimental_softplus_entropy_loss:
             loss = F.softplus(loss + self.entropy_loss_offset)
-        loss = loss * self.entropy_loss_weight + commitment * self.commitment_loss_weight
+        loss = loss * self.entropy_loss_weight
+        if self.commitment_loss_weight > 0.0:
+            loss = loss + commitment * self.commitment_loss_weight
         return loss, LossBreakdown(per_sample, batch, commitment)
 
     def _sample(self, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +48,14 @@ class ImplicitCodebook(nn.Module):
         """Codebook ``[K, D]``, indices ``[...]`` (negative ones stand for any), condition ``[..., D]`` -> ``[..., D]``:
         only the codewords asked for are computed."""
         return self(F.embedding(indices.clamp(min=0), codebook), condition)
+
+    def candidates(self, condition: Tensor) -> Callable[[Tensor], Tensor]:
+        """For ``codebook_transform_fn`` of :class:`VectorQuantize`: condition ``[B, ..., D]`` -> a function from the
+        codebook ``[1, K, D]`` to every token's own ``[1, B, N, K, D]``."""
+        # a row that is no number has no part in any loss, but 0 times what it makes of the codewords would
+        condition = condition.nan_to_num(0.0, 0.0, 0.0)
+        shape = 1, condition.shape[0], math.prod(condition.shape[1:-1]), 1, condition.shape[-1]
+        return lambda codebook: self(codebook[:, None, None], condition.reshape(shape))
 
     def distances(self, z: Tensor, codebook: Tensor, condition: Tensor) -> Tensor:
         """z and condition ``[..., N, D]``, codebook ``[..., K, D]`` -> distances to all codewords ``[..., N, K]``."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -175,11 +173,15 @@ class ResidualVQ(nn.Module):
             total = total + codes[-1]
         return torch.stack(codes)
 
+    def _mlp(self, level: int) -> ImplicitCodebook | None:
+        return self.mlps[level - 1] if self.mlps is not None and level > 0 else None
+
     def _lookup(self, level: int, codebook: Tensor, index: Tensor, total: Tensor | float) -> Tensor:
         """Codewords ``[..., D]`` of a level after the sum ``total`` of the levels before it; zeros for index -1."""
-        if self.mlps is None or level == 0:
+        mlp = self._mlp(level)
+        if mlp is None:
             return lookup(codebook, index)
-        code = self.mlps[level - 1].chosen(codebook, index, total)
+        code = mlp.chosen(codebook, index, total)
         return code.masked_fill((index < 0).unsqueeze(-1), 0.0)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -208,14 +210,15 @@ class ResidualVQ(nn.Module):
             mask, lens: bool ``[...]`` without features, or tokens per sample; the other tokens take no part.
             indices: target codes ``[..., Q]``; the result is then ``(quantized, sum of the levels' cross entropies)``.
             return_all_codes: also return the codewords ``[Q, ..., D]``.
-            freeze_codebook: overrides the levels' own.
+            sample_codebook_temp, freeze_codebook, beam_size: override the constructor's.
             rand_quantize_dropout_fixed_seed: seed of this call's quantize dropout.
 
         Returns:
-            ``(quantized, indices [..., Q], losses [Q])`` and the codewords if asked for.
+            ``(quantized, indices [..., Q], losses [Q])`` and the codewords if asked for. In evaluation the losses are
+            0, after a beam search the levels' errors.
 
         Raises:
-            ValueError: shapes that do not fit, arguments that exclude each other or are not supported yet.
+            ValueError: shapes that do not fit, arguments that exclude each other.
         """
         tokens = self.layout.to_tokens(x)
         lead = tokens.shape[:-1]
@@ -328,12 +331,13 @@ class ResidualVQ(nn.Module):
         inputs, indices, losses, residual, quantized = [], [], [], z, torch.zeros_like(z)
         for level, layer in enumerate(self.layers[:levels]):
             inputs.append(residual.detach().reshape(-1, self.codebook_dim))
+            mlp = self._mlp(level)
             code, index, loss = layer(
                 residual,
                 mask=mask,
                 sample_codebook_temp=temperature,
                 freeze_codebook=frozen,
-                codebook_transform_fn=self._transform(level, quantized),
+                codebook_transform_fn=None if mlp is None else mlp.candidates(quantized),
             )
             residual = residual - self._passed_back(code)
             quantized = quantized + code
@@ -344,27 +348,9 @@ class ResidualVQ(nn.Module):
             self._update_shared(inputs, index)
         return quantized.reshape(-1, self.codebook_dim), index, torch.stack(losses)
 
-    def _transform(self, level: int, total: Tensor):
-        """For ``codebook_transform_fn``: the candidates ``[1, B, N, K, D]`` of a level's tokens."""
-        if self.mlps is None or level == 0:
-            return None
-        # a row that is no number has no part in the losses, but 0 times what it makes of the candidates would
-        shape = 1, total.shape[0], math.prod(total.shape[1:-1]), 1, self.codebook_dim
-        condition = total.nan_to_num(0.0, 0.0, 0.0).reshape(shape)
-        return lambda codebook: self.mlps[level - 1](codebook[:, None, None], condition)
-
     # levels whose codes are searched first, all of them; then losses, gradients and EMA steps follow for these codes
 
-    def _searched(
-        self,
-        z: Tensor,
-        mask: Tensor | None,
-        levels: int,
-        frozen: bool,
-        lead: torch.Size,
-        beam: int,
-        temperature: float | None,
-    ):
+    def _searched(self, z: Tensor, mask, levels: int, frozen: bool, lead, beam: int, temperature: float | None):
         """As :meth:`_all_levels`, by beam search and with implicit codebooks."""
         if beam > 1:
             self._check_beam()
@@ -386,8 +372,8 @@ class ResidualVQ(nn.Module):
             embed = layer._codebook.codewords(z.dtype, snapshot=self.training)
             code = self._lookup(level, embed[0], index, quantized)
             similarity = None
-            if self.mlps is not None and level > 0 and layer.codebook_diversity_loss_weight > 0.0:
-                similarity = -self.mlps[level - 1].distances(vector, embed, quantized)
+            if (mlp := self._mlp(level)) is not None and layer.codebook_diversity_loss_weight > 0.0:
+                similarity = -mlp.distances(vector, embed, quantized)
             routed = self.training and vector.requires_grad and layer.route_gradients_to_input
             passed = layer.choose._pass_gradient(vector, code, routed)
             error = mean_square(vector, code.detach(), usable), mean_square(vector.detach(), code, usable)
@@ -425,9 +411,9 @@ class ResidualVQ(nn.Module):
 
     def _proposals(self, level: int, dtype: torch.dtype, count: int, sampling: Sampling):
         """The best codewords of a level for a beam search."""
-        layer, mlp = self.layers[level], self.mlps[level - 1] if self.mlps is not None and level > 0 else None
+        layer, mlp = self.layers[level], self._mlp(level)
         book = layer._codebook.codewords(dtype, snapshot=False).detach()
-        metric, k = "dot" if layer.use_cosine_sim else "l2", min(count, layer.codebook_size)
+        metric, k = layer.choose.metric, min(count, layer.codebook_size)
 
         def propose(residual: Tensor, total: Tensor):
             vector = layer._vectors(residual)
@@ -466,10 +452,10 @@ class ResidualVQ(nn.Module):
             target = torch.where(usable, target, -1)
             book = layer._codebook.codewords(z.dtype, snapshot=self.training)
             vector = layer._vectors(residual)
-            if self.mlps is None or level == 0:
-                logits = similarities(vector, book, "dot" if layer.use_cosine_sim else "l2")
+            if (mlp := self._mlp(level)) is None:
+                logits = similarities(vector, book, layer.choose.metric)
             else:
-                logits = -self.mlps[level - 1].distances(vector, book, total)
+                logits = -mlp.distances(vector, book, total)
             entropy = entropy + cross_entropy(logits[0], target)
             code = self._lookup(level, book[0], target, total)
             residual, total = residual - self._passed_back(code), total + code

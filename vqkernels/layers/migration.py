@@ -82,7 +82,8 @@ def _training_state(module: nn.Module, layer: nn.Module) -> None:
         for key, value in theirs.named_parameters(recurse=False):
             getattr(mine, key).requires_grad_(value.requires_grad)
         if isinstance(getattr(theirs, "in_place_codebook_optimizer", None), torch.optim.Optimizer):
-            mine.in_place_codebook_optimizer.load_state_dict(theirs.in_place_codebook_optimizer.state_dict())
+            state = copy.deepcopy(theirs.in_place_codebook_optimizer.state_dict())  # it would be shared
+            mine.in_place_codebook_optimizer.load_state_dict(state)
         if type(theirs).__name__ == "Codebook" and theirs.cluster_size.grad is not None:  # accum_ema_update
             mine._pending = theirs.cluster_size.grad.clone(), theirs.embed_avg.grad.clone()
         if type(theirs).__name__ == "VectorNorm":

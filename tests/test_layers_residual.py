@@ -137,6 +137,12 @@ SEARCHED = {
     "cosine beam": {"beam_size": 3, "use_cosine_sim": True},
     "narrow beam": {"beam_size": 3, "codebook_dim": 4},
     "implicit": {"implicit_neural_codebook": True},
+    "implicit cosine": {"implicit_neural_codebook": True, "use_cosine_sim": True},
+    "implicit cosine diversity": {
+        "implicit_neural_codebook": True,
+        "use_cosine_sim": True,
+        "codebook_diversity_loss_weight": 0.1,
+    },
     "implicit beam": {"implicit_neural_codebook": True, "beam_size": 2, "codebook_dim": 4},
     "implicit diversity": {"implicit_neural_codebook": True, "codebook_diversity_loss_weight": 0.1},
     "diveq": {"diveq": True},
@@ -304,6 +310,26 @@ def test_implicit_codebook_round_trip_of_coarse_codes():
         used = int((index[0, 0] >= 0).sum())
         close(layer.get_output_from_indices(index[..., :used]), quantized)
         close(layer.get_output_from_indices(index), quantized)
+
+
+@pytest.mark.parametrize("cosine", (False, True))
+def test_dense_candidates_equal_the_search(cosine):
+    """Options that need all candidates at once go through VectorQuantize; with weight 1e-12 they change nothing."""
+    options = {"implicit_neural_codebook": True, "use_cosine_sim": cosine}
+    searched, dense = make(**options), make(**options, codebook_diversity_loss_weight=1e-12)
+    assert searched.layers[0].plain and not dense.layers[0].plain
+    x = torch.randn(2, 20, DIM)
+    results = []
+    for layer in (searched, dense):
+        v = x.clone().requires_grad_()
+        quantized, index, loss = layer(v)
+        (quantized.square().sum() + loss.sum()).backward()
+        results.append((index, quantized, loss, v.grad, *(p.grad for p in layer.parameters())))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1:], results[1][1:], strict=True):
+        close(a, b)
+    if cosine:
+        close(searched.get_codes_from_indices(results[0][0]).norm(dim=-1), torch.ones(3, 2, 20))
 
 
 # DiVeQ

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .choice import Sampling, gumbel_noise
+from .choice import Sampling, candidate_similarities, gumbel_noise
+from .codebook import normalize
 from .search import chunks
 
 
@@ -20,14 +21,15 @@ class ImplicitCodebook(nn.Module):
         dim: features of a codeword.
         dim_hidden: features of the hidden layers; None: ``dim``.
         depth: residual blocks.
+        unit: codewords are unit vectors, compared by their dot product.
 
     Source: Huijben et al. 2024 (arXiv 2401.14732).
     """
 
-    def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4):
+    def __init__(self, dim: int, dim_hidden: int | None = None, depth: int = 4, unit: bool = False):
         super().__init__()
         hidden = dim if dim_hidden is None else dim_hidden
-        self.widest = max(dim, hidden)
+        self.unit, self.widest = unit, max(dim, hidden)
         self.proj_in = nn.Linear(2 * dim, dim)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)) for _ in range(depth)
@@ -42,6 +44,7 @@ class ImplicitCodebook(nn.Module):
             x = x + F.linear(codes.to(weight.dtype), for_codes, self.proj_in.bias)
             for layer in self.layers:
                 x = layer(x) + x
+            x = normalize(x) if self.unit else x
         return x.to(codes.dtype)
 
     def chosen(self, codebook: Tensor, indices: Tensor, condition: Tensor) -> Tensor:
@@ -57,20 +60,20 @@ class ImplicitCodebook(nn.Module):
         shape = 1, condition.shape[0], math.prod(condition.shape[1:-1]), 1, condition.shape[-1]
         return lambda codebook: self(codebook[:, None, None], condition.reshape(shape))
 
-    def distances(self, z: Tensor, codebook: Tensor, condition: Tensor) -> Tensor:
-        """z and condition ``[..., N, D]``, codebook ``[..., K, D]`` -> distances to all codewords ``[..., N, K]``."""
+    def similarities(self, z: Tensor, codebook: Tensor, condition: Tensor) -> Tensor:
+        """z and condition ``[..., N, D]``, codebook ``[..., K, D]`` -> to all codewords ``[..., N, K]``."""
         codes = self(codebook.unsqueeze(-3), condition.unsqueeze(-2))
-        return (z.unsqueeze(-2) - codes).square().sum(-1).clamp(min=1e-12).sqrt()
+        return candidate_similarities(z, codes, "dot" if self.unit else "l2")
 
     @torch.no_grad()
     def nearest(self, z: Tensor, codebook: Tensor, condition: Tensor, k: int, sampling: Sampling) -> Tensor:
-        """The k nearest codewords, or k drawn by their distances: z and condition ``[N, D]`` -> int64 ``[N, k]``.
+        """The k nearest codewords, or k drawn by their similarities: z and condition ``[N, D]`` -> int64 ``[N, k]``.
 
         A chunk of vectors at a time, so that the N x K codewords never exist together.
         """
         found, size = [], len(codebook) * self.widest
         for vectors, conditions in zip(chunks(z, size), chunks(condition, size), strict=True):
-            score = -self.distances(vectors, codebook, conditions)
+            score = self.similarities(vectors, codebook, conditions)
             if sampling.noise:
                 score = score / sampling.temperature
                 score = score + gumbel_noise(score)

@@ -132,7 +132,8 @@ class ResidualVQ(nn.Module):
             raise ValueError("ResidualVQ: codebook_dim belongs to ResidualVQ itself, its levels have no projection")
         self.mlps = None
         if implicit_neural_codebook:
-            mlps = (ImplicitCodebook(self.codebook_dim, **(mlp_kwargs or {})) for _ in sizes[1:])
+            options = {"unit": self.layers[0].use_cosine_sim, **(mlp_kwargs or {})}
+            mlps = (ImplicitCodebook(self.codebook_dim, **options) for _ in sizes[1:])
             self.mlps = nn.ModuleList(mlps)
         if shared_codebook:
             shared = self.layers[0]._codebook
@@ -373,7 +374,7 @@ class ResidualVQ(nn.Module):
             code = self._lookup(level, embed[0], index, quantized)
             similarity = None
             if (mlp := self._mlp(level)) is not None and layer.codebook_diversity_loss_weight > 0.0:
-                similarity = -mlp.distances(vector, embed, quantized)
+                similarity = mlp.similarities(vector, embed, quantized)
             routed = self.training and vector.requires_grad and layer.route_gradients_to_input
             passed = layer.choose._pass_gradient(vector, code, routed)
             error = mean_square(vector, code.detach(), usable), mean_square(vector.detach(), code, usable)
@@ -455,7 +456,7 @@ class ResidualVQ(nn.Module):
             if (mlp := self._mlp(level)) is None:
                 logits = similarities(vector, book, layer.choose.metric)
             else:
-                logits = -mlp.distances(vector, book, total)
+                logits = mlp.similarities(vector, book, total)
             entropy = entropy + cross_entropy(logits[0], target)
             code = self._lookup(level, book[0], target, total)
             residual, total = residual - self._passed_back(code), total + code

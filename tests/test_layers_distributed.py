@@ -26,6 +26,7 @@ BUILDS = {
     "revival": lambda: VectorQuantize(DIM, K, threshold_ema_dead_code=3.3),
     "k-means": lambda: VectorQuantize(DIM, K, kmeans_init=True, threshold_ema_dead_code=3.3),
     "k-means, one process's rows": lambda: VectorQuantize(DIM, K, kmeans_init=True, sync_kmeans=False),
+    "affine": lambda: VectorQuantize(DIM, K, affine_param=True, sync_affine_param=True),
     "residual": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3, threshold_ema_dead_code=2.3),
     "shared": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3, shared_codebook=True),
     "dropout": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=4, quantize_dropout=True),

@@ -441,6 +441,15 @@ def test_affine_codewords_follow_the_input():
     torch.testing.assert_close(moved[0], plain[0] * scale + shift, rtol=0.7, atol=30.0)
 
 
+def test_affine_statistics_are_shared_only_among_several_processes():
+    torch.manual_seed(0)
+    alone = VectorQuantize(DIM, K, affine_param=True, sync_affine_param=True)
+    plain = VectorQuantize(DIM, K, affine_param=True)
+    plain.load_state_dict(alone.state_dict())
+    x = torch.randn(2, 30, DIM)
+    assert torch.equal(alone(x)[0], plain(x)[0])
+
+
 def test_affine_revival_lands_on_rows_of_the_batch():
     layer = VectorQuantize(DIM, 32, affine_param=True, threshold_ema_dead_code=2, decay=0.5)
     x = torch.randn(1, 300, DIM) * 3 + 5

@@ -47,7 +47,9 @@ class AffineCodebook(Codebook):
                 _follow(getattr(self, name), value, self.affine_param_codebook_decay, fresh)
                 fresh.fill_(False)
         usable = z.isfinite().all(-1) if mask is None else z.isfinite().all(-1) & mask
-        mean, variance, count = self._batch_moments(z, usable.unsqueeze(-1))
+        if self.sync_affine_param and self._joins():
+            z, usable = self._join(z, usable.long())
+        mean, variance, count = self._batch_moments(z, usable.unsqueeze(-1) > 0)
         found = (count > 0).all()
         for name, value in zip(_BATCH, (mean, variance), strict=True):
             old = getattr(self, name)
@@ -57,7 +59,7 @@ class AffineCodebook(Codebook):
     def _batch_moments(self, z: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         def total(t: Tensor) -> Tensor:
             t = t.sum(1, keepdim=True)
-            if self.sync_affine_param and self._world() > 1:
+            if self.sync_affine_param and self._world() > 1 and not self._joins():
                 dist.all_reduce(t)
             return t
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 KERNEL, OPS, GRADIENTS = "tests/test_nearest_codeword.py", "tests/test_ops.py", "tests/test_gradients.py"
 SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "tests/test_layers_latent.py"
 LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differential.py"
+LFQ_RELATIVES = "tests/test_layers_lfq_relatives.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
+RVQ, RESIDUAL, GROUPED = "vqkernels/layers/residual_vq.py", "tests/test_layers_residual.py", "tests/test_layers_residual_grouped.py"
+RESIDUAL_BESIDE = "tests/test_layers_residual_differential.py"
 OPTIONS, OPTIONS_BESIDE = "tests/test_layers_options.py", "tests/test_layers_options_differential.py"
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
@@ -184,13 +187,59 @@ MUTATIONS = {
     "ResidualLFQ: residual keeps its gradient": (
         "vqkernels/layers/residual_lfq.py", r"residual - code\.detach\(\)", "residual - code", LFQ_BESIDE),
     "RandomProjectionQuantizer: input is not standardised": (
-        "vqkernels/layers/random_projection_quantizer.py", r"self\.norm\(features", "(features", LFQ),
+        "vqkernels/layers/random_projection_quantizer.py", r"self\.norm\(features", "(features", LFQ_RELATIVES),
     "BinaryMapper: gradient of the logits, not of the probabilities": (
-        "vqkernels/layers/binary_mapper.py", r"to_one \* \(-logits\)\.sigmoid\(\)", "to_one", LFQ),
+        "vqkernels/layers/binary_mapper.py", r"to_one \* \(-logits\)\.sigmoid\(\)", "to_one", LFQ_RELATIVES),
     "BinaryMapper: loss has no threshold": (
         "vqkernels/layers/binary_mapper.py", r"\(divergence - self\.kl_loss_threshold\)", "divergence", LFQ_BESIDE),
     "EvoLFQ: the best is taken from the next generation": (
-        "vqkernels/layers/evo_lfq.py", r"parents\[fittest\]", "pop_bits[fittest]", LFQ),
+        "vqkernels/layers/evo_lfq.py", r"parents\[fittest\]", "pop_bits[fittest]", LFQ_RELATIVES),
+    "beam: keeps the worst": (
+        "vqkernels/layers/beam_search.py", r"score\.sort\(dim", "(-score).sort(dim", RESIDUAL),
+    "beam: forgets the score of its prefix": (
+        "vqkernels/layers/beam_search.py", r"score\.repeat_interleave\(tried, 1\) \+ ", "", RESIDUAL),
+    "beam: no weights": (
+        "vqkernels/layers/beam_search.py", r"weights\[level\] \* error", "error", RESIDUAL),
+    "beam: children of the wrong parent": (
+        "vqkernels/layers/beam_search.py", r"_rows\(codes, parent\)", "_rows(codes, 0 * parent)", RESIDUAL),
+    "beam: straight-through instead of rotation": (
+        RVQ, r"layer\.choose\._pass_gradient\(vector, code, routed\)", "vector + (code - vector).detach()", RESIDUAL_BESIDE),
+    "beam: no EMA step": (
+        RVQ, r"            if updating:\n                layer\._codebook\.update\(vector", "            if False:\n                layer._codebook.update(vector", RESIDUAL),
+    "beam: evaluation reports no errors": (
+        RVQ, r"if beam > 1 and not self\.training:", "if False:", RESIDUAL_BESIDE),
+    "implicit: condition is left out": (
+        "vqkernels/layers/implicit_codebook.py", r"F\.linear\(condition\.to\(weight\.dtype\), for_condition\)", "0.0", RESIDUAL),
+    "implicit: search by the stored codewords": (
+        RVQ, r"            if mlp is None:\n                index = choose", "            if True:\n                index = choose", RESIDUAL),
+    "implicit: condition has no gradient": (
+        RVQ, r"code = mlp\.chosen\(codebook, index, total\)", "code = mlp.chosen(codebook, index, total if isinstance(total, float) else total.detach())", RESIDUAL),
+    "residual: gradient passes between levels": (
+        RVQ, r"if share > 0\.0 else code\.detach\(\)", "if share > 0.0 else code", RESIDUAL_BESIDE),
+    "residual: no share of the gradient passes": (
+        RVQ, r"share \* code \+ \(1\.0 - share\) \* code\.detach\(\)", "code.detach()", RESIDUAL_BESIDE),
+    "residual: cross entropy after the nearest codewords": (
+        RVQ, r"code = self\._lookup\(level, book\[0\], target, total\)", "code = self._lookup(level, book[0], logits[0].argmax(-1), total)", RESIDUAL),
+    "residual: shared in-place optimizer never steps": (
+        RVQ, r"        self\.layers\[0\]\.update_in_place_optimizer\(\)\n", "", RESIDUAL),
+    "DiVeQ: noise in evaluation": (
+        RVQ, r"if self\.diveq and self\.training:", "if self.diveq:", RESIDUAL),
+    "DiVeQ: codewords get no gradient": (
+        RVQ, r"torch\.where\(usable, quantized, 0\.0\)", "torch.where(usable, quantized, 0.0).detach()", RESIDUAL),
+    "grouped: every group keeps its own levels": (
+        "vqkernels/layers/grouped_residual_vq.py", r"seed = common_seed\(x\.device\)", "pass", GROUPED),
+    "grouped: maps are split along their width": (
+        "vqkernels/layers/grouped_residual_vq.py", r"x\.chunk\(self\.groups, split\)", "x.chunk(self.groups, -1)", GROUPED),
+    "hierarchical: padding counts in averages": (
+        "vqkernels/layers/hierarchical_vq.py", r" / share\.clamp\(min=1e-6\)", "", GROUPED),
+    "hierarchical: dropped levels add to the result": (
+        "vqkernels/layers/hierarchical_vq.py", r"results\[kept - 1\]", "results[-1]", GROUPED),
+    "hierarchical: dropped levels add to the loss": (
+        "vqkernels/layers/hierarchical_vq.py", r" \* \(torch\.arange\(self\.num_levels, device=x\.device\) < kept\)", "", GROUPED),
+    "hierarchical: convolutions out of order": (
+        "vqkernels/layers/hierarchical_vq.py", r"round\(position \*", "round((1 - position) *", GROUPED),
+    "hierarchical: a NaN in the padding counts": (
+        "vqkernels/layers/hierarchical_vq.py", r"torch\.where\(mask, t, 0\.0\)", "t * mask", GROUPED),
 }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ MUTATIONS = {
     "beam: evaluation reports no errors": (
         RVQ, r"if beam > 1 and not self\.training:", "if False:", RESIDUAL_BESIDE),
     "implicit: condition is left out": (
-        "vqkernels/layers/implicit_codebook.py", r"F\.linear\(condition\.to\(weight\.dtype\), for_condition\)", "0.0", RESIDUAL),
+        "vqkernels/layers/implicit_codebook.py", r"F\.linear\(condition\.to\(weight\.dtype\), for_condition\)", "0 * F.linear(condition.to(weight.dtype), for_condition)", RESIDUAL),
     "implicit: search by the stored codewords": (
         RVQ, r"            if mlp is None:\n                index = choose", "            if True:\n                index = choose", RESIDUAL),
     "implicit: condition has no gradient": (

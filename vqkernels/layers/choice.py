@@ -79,7 +79,7 @@ class Chooser:
         if (self.estimator == "directional" and routed) or (embed.requires_grad and not routed):
             usable = (out.indices >= 0).unsqueeze(-1)
             codes = torch.stack([lookup(book, index) for book, index in zip(embed, out.indices, strict=True)])
-            passed = self._pass_gradient(torch.where(usable, z, 0.0), codes, routed)
+            passed = self.pass_gradient(torch.where(usable, z, 0.0), codes, routed)
             quantized = torch.where(usable, passed, quantized.detach())
         elif not routed:
             quantized = quantized.detach()
@@ -93,7 +93,7 @@ class Chooser:
         active = training and temperature > 0.0
         return Sampling(temperature, active and self.stochastic, active and self.straight_through and not routed)
 
-    def _pass_gradient(self, z: Tensor, codes: Tensor, routed: bool) -> Tensor:
+    def pass_gradient(self, z: Tensor, codes: Tensor, routed: bool) -> Tensor:
         """codes, with a gradient to z; that of the Gumbel estimator is in codes already."""
         if not routed or self.estimator == "gumbel":
             return codes
@@ -117,7 +117,7 @@ class Chooser:
             usable, fill, z = usable.unsqueeze(-1), fill.unsqueeze(-1), z.unsqueeze(-2).expand_as(codes)
             target = codes.detach() if training and not trains_codes else codes
             commitment = codebook_loss = torch.where(usable, (target - z).square().mean(-1), 0.0)
-        quantized = self._pass_gradient(z, codes, routed)
+        quantized = self.pass_gradient(z, codes, routed)
         quantized = torch.where(usable.unsqueeze(-1), quantized, fill.unsqueeze(-1))
         return Chosen(quantized, torch.where(usable, indices, -1), commitment, codebook_loss, similarity)
 

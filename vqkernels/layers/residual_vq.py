@@ -376,10 +376,10 @@ class ResidualVQ(nn.Module):
             if (mlp := self._mlp(level)) is not None and layer.codebook_diversity_loss_weight > 0.0:
                 similarity = mlp.similarities(vector, embed, quantized)
             routed = self.training and vector.requires_grad and layer.route_gradients_to_input
-            passed = layer.choose._pass_gradient(vector, code, routed)
+            passed = layer.choose.pass_gradient(vector, code, routed)
             error = mean_square(vector, code.detach(), usable), mean_square(vector.detach(), code, usable)
             chosen = Chosen(passed, index, *error, similarity)
-            loss, _ = layer._losses(vector, embed, None, chosen, layer.trains_by_loss(frozen), lead, None)
+            loss, _ = layer._losses(vector, embed, chosen, layer.trains_by_loss(frozen), lead, None)
             if updating:
                 layer._codebook.update(vector.detach(), index)
             layer._remember(index)

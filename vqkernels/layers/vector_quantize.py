@@ -62,7 +62,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
             ``update_in_place_optimizer()``.
         affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: codewords follow the
             mean and variance of the input; see :class:`AffineCodebook`.
-        sync_update_v: adds this share of the output's gradient to the codewords once more (synchronous update rule).
+        sync_update_v: v of the synchronous update rule (arXiv 2305.08842): the output passes 1 + v times its gradient on.
         return_zeros_for_masked_padding: masked tokens come back as 0 (default) or as they came.
         route_gradients_to_input: False: the output passes no gradient to the input.
         estimator: "rotation", "reflection", "ste" or "gumbel"; None follows the options above. "gumbel" is the
@@ -308,14 +308,14 @@ class VectorQuantize(RemembersIndices, nn.Module):
         in_place = None
         if self.in_place_codebook_optimizer is not None and updating:
             with torch.enable_grad():
-                _, candidates, chosen = self._chosen(z.detach(), z_mask, True, temperature, codebook_transform_fn, k)
+                _, chosen = self._chosen(z.detach(), z_mask, True, temperature, codebook_transform_fn, k)
                 self._codebook.update(z.detach(), chosen.indices, **step)
                 chosen.codebook_loss.backward()
             in_place = chosen.codebook_loss.detach()
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
         trains_codes = self.trains_by_loss(frozen)
-        embed, candidates, chosen = self._chosen(z, z_mask, trains_codes, temperature, codebook_transform_fn, k)
+        embed, chosen = self._chosen(z, z_mask, trains_codes, temperature, codebook_transform_fn, k)
         if updating and in_place is None:
             self._codebook.update(z.detach(), chosen.indices, **step)
         quantized, index = chosen.quantized, chosen.indices
@@ -328,8 +328,8 @@ class VectorQuantize(RemembersIndices, nn.Module):
             quantized = quantized.reshape(*lead, k, self.codebook_dim)
         quantized = self._output(quantized, tokens, mask)
         if indices is not None:
-            return quantized, self._cross_entropy(self._similarity(z, embed, candidates, chosen), indices, lead)
-        loss, parts = self._losses(z, embed, candidates, chosen, trains_codes, lead, k)
+            return quantized, self._cross_entropy(self._similarity(z, embed, chosen), indices, lead)
+        loss, parts = self._losses(z, embed, chosen, trains_codes, lead, k)
         if in_place is not None:
             parts = parts._replace(inplace_optimize=in_place)
         index = index.reshape(*lead, k) if k else self.split_heads.merge(index, lead)
@@ -350,7 +350,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
         return min(int(topk), self.codebook_size)
 
     def _chosen(self, z: Tensor, mask: Tensor | None, trains_codes: bool, temperature: float, transform, k: int | None):
-        """-> codewords, candidates or None, :class:`Chosen`."""
+        """-> codewords, :class:`Chosen`."""
         self._codebook.observe(z.detach(), mask)
         # every step on the codewords comes before backward, which must see those of the forward
         embed = self._codebook.codewords(z.dtype, snapshot=self.training)
@@ -375,9 +375,9 @@ class VectorQuantize(RemembersIndices, nn.Module):
             candidates=candidates,
             k=k,
         )
-        return embed, candidates, chosen
+        return embed, chosen
 
-    def _similarity(self, z: Tensor, embed: Tensor, candidates: Tensor | None, chosen: Chosen) -> Tensor:
+    def _similarity(self, z: Tensor, embed: Tensor, chosen: Chosen) -> Tensor:
         """``[H, N, K]``, 0 for vectors that take no part, differentiable."""
         if chosen.similarity is not None:
             return chosen.similarity
@@ -388,7 +388,9 @@ class VectorQuantize(RemembersIndices, nn.Module):
     def trains_by_loss(self, frozen: bool) -> bool:
         return self.learnable_codebook and self.training and not frozen and self.has_commitment_loss
 
-    def _losses(self, z, embed, candidates, chosen: Chosen, trains_codes: bool, lead: torch.Size, k: int | None):
+    def _losses(
+        self, z: Tensor, embed: Tensor, chosen: Chosen, trains_codes: bool, lead: torch.Size, k: int | None
+    ) -> tuple[Tensor, LossBreakdown]:
         """-> the weighted sum, its parts."""
         zero = chosen.commitment.new_zeros(())
         commitment = chosen.commitment
@@ -398,7 +400,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
             return loss, LossBreakdown(commitment, zero, zero, zero)
         similarity = None
         if self.codebook_diversity_loss_weight > 0.0 or self.commitment_use_cross_entropy_loss:
-            similarity = self._similarity(z, embed, candidates, chosen)
+            similarity = self._similarity(z, embed, chosen)
         if k is not None:
             commitment = commitment.reshape(*lead, k)
         elif self.commitment_use_cross_entropy_loss:

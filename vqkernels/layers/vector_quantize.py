@@ -62,7 +62,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
             ``update_in_place_optimizer()``.
         affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: codewords follow the
             mean and variance of the input; see :class:`AffineCodebook`.
-        sync_update_v: v of the synchronous update rule (arXiv 2305.08842): the output passes 1 + v times its gradient on.
+        sync_update_v: v of the synchronous update rule (arXiv 2305.08842): the output passes on 1 + v of its gradient.
         return_zeros_for_masked_padding: masked tokens come back as 0 (default) or as they came.
         route_gradients_to_input: False: the output passes no gradient to the input.
         estimator: "rotation", "reflection", "ste" or "gumbel"; None follows the options above. "gumbel" is the

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .search import chunks
+from .search import chunks, least
 
 # z [N, D] and the sum chosen so far [N, D] -> the k best codewords of a level, best first: indices [N, k], codes
 # [N, k, D], squared errors [N, k]
@@ -47,8 +47,7 @@ def _search(z: Tensor, levels: Sequence[Candidates], weights: Tensor, width: int
         kept = min(width if level + 1 < len(levels) else 1, beam * tried)
         best = torch.arange(beam * tried, device=z.device).expand(z.shape[0], -1)
         if kept < beam * tried:
-            score, best = score.sort(dim=-1, stable=True)
-            score, best = score[:, :kept], best[:, :kept]
+            score, best = least(score, kept)
         parent = best // tried
         code = _rows(code, best)
         residual, total = _rows(residual, parent) - code, _rows(total, parent) + code

@@ -31,8 +31,16 @@ def nearest_k(z: Tensor, codebook: Tensor, k: int, metric: str) -> Tensor:
             candidates = score.topk(pool, -1).indices.sort(-1).values
             codes, vector = codebook[candidates].double(), part.unsqueeze(-2).double()
             exact = (codes - vector).square().sum(-1) if metric == "l2" else -(codes * vector).sum(-1)
-            found.append(candidates.gather(-1, exact.sort(dim=-1, stable=True).indices[:, :k]))
+            found.append(candidates.gather(-1, least(exact, k)[1]))
     return torch.cat(found)
+
+
+def least(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of the last dimension in ascending order, equal ones by index: values and indices."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return scores.topk(k, largest=False)  # ONNX has no stable sort, and its TopK orders equal values by index
+    values, indices = scores.sort(dim=-1, stable=True)
+    return values[..., :k], indices[..., :k]
 
 
 def similarities(z: Tensor, codebook: Tensor, metric: str) -> Tensor:

@@ -130,6 +130,43 @@ def test_shared_codebook_steps_its_in_place_optimizer_once():
     close(layer.codebooks[0].detach(), (book - 0.5 * book.grad).detach())
 
 
+@pytest.mark.parametrize("input_grad", (True, False))
+@pytest.mark.parametrize("train", (True, False))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"learnable_codebook": True, "ema_update": False},
+        {"learnable_codebook": True, "ema_update": False, "shared_codebook": True, "threshold_ema_dead_code": 2},
+        {"learnable_codebook": True, "ema_update": False, "route_gradients_to_input": False},
+        {"learnable_codebook": True, "ema_update": False, "freeze_codebook": True},
+        {"route_gradients_to_input": False},
+        {"diveq": True},
+        {"quantize_dropout": True},
+    ),
+)
+def test_one_pass_equals_level_by_level(options, train, input_grad):
+    fused, stepwise = make(**options).train(train), make(**options).train(train)
+    stepwise._one_pass = lambda: False
+    fused._level_by_level = None
+    for seed in range(2):
+        x, mask, results = torch.randn(2, 20, DIM), torch.rand(2, 20) < 0.8, []
+        for layer in (fused, stepwise):
+            torch.manual_seed(seed)
+            v = x.clone().requires_grad_(input_grad)
+            layer.zero_grad()
+            quantized, index, loss = layer(v, mask=mask)
+            if (total := quantized.square().sum() + loss.sum()).requires_grad:
+                total.backward()
+            results.append((quantized, index, loss, v.grad, *(p.grad for p in layer.parameters())))
+        for number, (a, b) in enumerate(zip(*results, strict=True)):
+            assert (a is None) == (b is None), number
+            if a is not None:
+                close(a, b)
+        for a, b in zip(fused.state_dict().values(), stepwise.state_dict().values(), strict=True):
+            close(a.float(), b.float())
+
+
 # what lies outside the mask, and what is no number, never matters
 
 SEARCHED = {

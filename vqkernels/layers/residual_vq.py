@@ -244,7 +244,7 @@ class ResidualVQ(nn.Module):
         levels = self.num_quantizers if indices is not None else self._draw_levels(rand_quantize_dropout_fixed_seed)
         if beam > 1 or (self.mlps is not None and self.layers[0].plain):
             quantized, index, losses = self._searched(z, flat_mask, levels, frozen, lead, beam, sample_codebook_temp)
-        elif self._one_pass(z):
+        elif self._one_pass():
             quantized, index, losses = self._all_levels(z, flat_mask, levels, frozen)
         else:
             z_tokens = z.reshape(*lead, self.codebook_dim)
@@ -276,14 +276,12 @@ class ResidualVQ(nn.Module):
         cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
         return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
-    def _one_pass(self, z: Tensor) -> bool:
+    def _one_pass(self) -> bool:
         """Whether the fused kernel computes what the levels would, one after the other."""
         first = self.layers[0]
         # the cosine codebook compares normalized residuals, has its loss there too, but subtracts from the plain ones
-        plain = first.plain and not first.use_cosine_sim
-        plain = plain and (self.diveq or (first.route_gradients_to_input and not self.quant_grad_frac))
-        to_input = self.diveq or not first.learnable_codebook or (self.training and z.requires_grad)
-        return plain and to_input and not any(layer._codebook.needs_init for layer in self.layers)
+        plain = first.plain and not first.use_cosine_sim and (self.diveq or not self.quant_grad_frac)
+        return plain and not any(layer._codebook.needs_init for layer in self.layers)
 
     def _all_levels(self, z: Tensor, mask: Tensor | None, levels: int, frozen: bool):
         """-> quantized ``[N, D]``, indices ``[N, levels]``, losses ``[levels]``."""
@@ -317,9 +315,11 @@ class ResidualVQ(nn.Module):
         if updating and self.shared_codebook:
             self._update_shared(inputs, out.indices)
         quantized = out.quantized
-        if self.diveq:
-            total = sum(lookup(book, index) for book, index in zip(books, out.indices.unbind(-1), strict=True))
-            quantized = torch.where(out.indices[:, :1] < 0, quantized, total)
+        if not (self.training and z.requires_grad and first.route_gradients_to_input):
+            quantized = quantized.detach()
+            if first.learnable_codebook and torch.is_grad_enabled():  # the codewords get the gradient in its place
+                total = sum(lookup(book, index) for book, index in zip(books, out.indices.unbind(-1), strict=True))
+                quantized = torch.where(out.indices[:, :1] < 0, quantized, total)
         if not self.training:
             return quantized, out.indices, out.commitment_loss.new_zeros(levels)
         commitment = out.commitment_loss

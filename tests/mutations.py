@@ -23,9 +23,15 @@ SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "
 LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differential.py"
 LFQ_RELATIVES = "tests/test_layers_lfq_relatives.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
-RVQ, RESIDUAL, GROUPED = "vqkernels/layers/residual_vq.py", "tests/test_layers_residual.py", "tests/test_layers_residual_grouped.py"
+RVQ, RESIDUAL, GROUPED = (
+    "vqkernels/layers/residual_vq.py",
+    "tests/test_layers_residual.py",
+    "tests/test_layers_residual_grouped.py",
+)
 RESIDUAL_BESIDE = "tests/test_layers_residual_differential.py"
-OPTIONS, OPTIONS_BESIDE = "tests/test_layers_options.py", "tests/test_layers_options_differential.py"
+OPTIONS, FORMULAS, OPTIONS_BESIDE = (
+    f"tests/test_layers_options{name}.py" for name in ("", "_formulas", "_differential")
+)
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
@@ -87,33 +93,33 @@ MUTATIONS = {
     "layer: gradients reach the input although not routed": (
         CHOICE, r"z\.requires_grad and self\.route", "z.requires_grad", OPTIONS_BESIDE),
     "layer: codes are not sampled": (
-        CHOICE, r"scores \+ gumbel_noise\(scores\)", "scores", OPTIONS),
+        CHOICE, r"scores \+ gumbel_noise\(scores\)", "scores", FORMULAS),
     "layer: Gumbel weights without the noise of the choice": (
-        CHOICE, r"\(noisy / sampling\.temperature", "(logits / sampling.temperature", OPTIONS),
+        CHOICE, r"\(noisy / sampling\.temperature", "(logits / sampling.temperature", FORMULAS),
     "layer: no gradient through the Gumbel weights": (
-        CHOICE, r"codes \+ \(mean - mean\.detach\(\)\)", "codes", OPTIONS),
+        CHOICE, r"codes \+ \(mean - mean\.detach\(\)\)", "codes", FORMULAS),
     "layer: directional output does not train the codewords": (
-        CHOICE, r"error\.norm\(dim=-1", "error.detach().norm(dim=-1", OPTIONS),
+        CHOICE, r"error\.norm\(dim=-1", "error.detach().norm(dim=-1", FORMULAS),
     "layer: the nearest candidates are the farthest": (
         CHOICE, r"return -torch\.nn\.functional\.pairwise", "return torch.nn.functional.pairwise", OPTIONS_BESIDE),
     "layer: diversity loss with the wrong sign": (
-        LOSSES, r"= \(mean \* mean", "= -(mean * mean", OPTIONS),
+        LOSSES, r"= \(mean \* mean", "= -(mean * mean", FORMULAS),
     "layer: diversity of padding": (
         LOSSES, r"softmax\(-1\) \* usable\.unsqueeze\(-1\)", "softmax(-1)", OPTIONS),
     "layer: orthogonal loss without the square": (
         LOSSES, r"gram\.square\(\)", "gram.abs()", OPTIONS_BESIDE),
     "layer: orthogonal loss of idle codewords": (
-        LOSSES, r"unit \* active\.unsqueeze\(-1\)", "unit", OPTIONS),
+        LOSSES, r"unit \* active\.unsqueeze\(-1\)", "unit", FORMULAS),
     "layer: cross entropy is the mean square": (
         VQ, r"cross_entropy\(similarity, chosen\.indices\)", "chosen.commitment", OPTIONS_BESIDE),
     "layer: the synchronous update pulls back": (
         VQ, r"quantized \+ self\.sync_update_v", "quantized - self.sync_update_v", OPTIONS_BESIDE),
     "layer: the in-place step goes uphill": (
-        VQ, r"chosen\.codebook_loss\.backward\(\)", "(-chosen.codebook_loss).backward()", OPTIONS),
+        VQ, r"chosen\.codebook_loss\.backward\(\)", "(-chosen.codebook_loss).backward()", FORMULAS),
     "layer: the bridge is not crossed": (
-        "vqkernels/layers/codebook.py", r"self\.vq_bridge\(embed\)\.to", "embed.to", OPTIONS),
+        "vqkernels/layers/codebook.py", r"self\.vq_bridge\(embed\)\.to", "embed.to", FORMULAS),
     "layer: learnable codewords leave the sphere": (
-        "vqkernels/layers/codebook.py", r"return normalize\(embed\) if", "return embed if", OPTIONS),
+        "vqkernels/layers/codebook.py", r"return normalize\(embed\) if", "return embed if", FORMULAS),
     "layer: the affine EMA forgets the map": (
         "vqkernels/layers/affine.py", r"return \(z - batch_mean\) / scale \+ mean", "return z", OPTIONS_BESIDE),
     "layer: padding shifts the affine map": (

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vqkernels import GroupedResidualVQ, ResidualVQ
+from vqkernels import GroupedResidualVQ, HierarchicalVQ, ResidualVQ
 from vqkernels.layers import search
 from vqkernels.layers.beam_search import beam_search
 from vqkernels.layers.choice import Sampling
@@ -165,6 +165,39 @@ def test_one_pass_equals_level_by_level(options, train, input_grad):
                 close(a, b)
         for a, b in zip(fused.state_dict().values(), stepwise.state_dict().values(), strict=True):
             close(a.float(), b.float())
+
+
+GROUPED, HIERARCHICAL = {"dim": DIM, "groups": 2, "codebook_size": K}, {"dim": DIM, "codebook_size": K}
+
+
+@pytest.mark.parametrize(
+    "build, drawn",
+    (
+        (lambda: make(quantize_dropout=True), lambda layer, x: (layer(x)[1] >= 0).flatten().tolist()),
+        (
+            lambda: GroupedResidualVQ(num_quantizers=3, quantize_dropout=True, **GROUPED),
+            lambda layer, x: (layer(x)[1] >= 0).flatten().tolist(),
+        ),
+        (
+            lambda: HierarchicalVQ(scales=(1, 2, 5), kmeans_init=False, nested_dropout=0.7, **HIERARCHICAL),
+            lambda layer, x: layer(x.mT, return_cutoff=True)[3],
+        ),
+    ),
+    ids=("residual", "grouped", "hierarchical"),
+)
+def test_dropout_draws_anew_in_a_compiled_layer(build, drawn):
+    """The host decides how many levels run, which is a graph break; a seed draws the same as in eager mode."""
+    torch._dynamo.reset()
+    layer, x, draws = build(), torch.randn(2, 5, DIM), []
+    compiled = torch.compile(layer, backend="eager")
+    for seed in range(8):
+        torch.manual_seed(seed)
+        draws.append(drawn(compiled, x))
+        if type(layer) is HierarchicalVQ:  # revival has drawn before
+            continue
+        torch.manual_seed(seed)
+        assert drawn(layer, x) == draws[-1]
+    assert any(draw != draws[0] for draw in draws)
 
 
 # what lies outside the mask, and what is no number, never matters

@@ -16,12 +16,21 @@ def check_dropout(owner: str, levels: int, cutoff_index: int, multiple_of: int) 
         )
 
 
+@torch.compiler.disable  # how many levels run is decided on the host: a compiled layer has a graph break here
 def draw_levels(levels: int, cutoff_index: int, multiple_of: int, seed: int) -> int:
     """How many of the levels to use: at least ``cutoff_index + 1``, rounded up to a multiple."""
     last = random.Random(seed).randrange(cutoff_index, levels)
     return min(-(-(last + 1) // multiple_of) * multiple_of, levels)
 
 
+@torch.compiler.disable
+def draw_cutoff(levels: int, fewest: int, probability: float, seed: int) -> int | None:
+    """With this probability the last of the levels to use, at least ``fewest`` and not all; else None."""
+    draw = random.Random(seed)
+    return draw.randrange(fewest - 1, levels - 1) if draw.random() < probability else None
+
+
+@torch.compiler.disable
 def common_seed(device: torch.device) -> int:
     """A draw from torch's generator, the same on every process; only several make the host wait for the device."""
     seed = torch.randint(0, 10_000, ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import CodebookUsage, codebook_usage
-from .dropout import common_seed
+from .dropout import common_seed, draw_cutoff
 from .tokens import Layout
 from .vector_quantize import VectorQuantize
 
@@ -252,8 +251,7 @@ class HierarchicalVQ(nn.Module):
         fewest = self.nested_dropout_min_levels
         if not self.training or self.nested_dropout <= 0.0 or fewest >= self.num_levels:
             return None
-        draw = random.Random(common_seed(device))
-        return draw.randrange(fewest - 1, self.num_levels - 1) if draw.random() < self.nested_dropout else None
+        return draw_cutoff(self.num_levels, fewest, self.nested_dropout, common_seed(device))
 
     def get_output_from_indices(self, indices: Sequence[Tensor], full_shape: int | Sequence[int] | None = None):
         """A tensor of indices per level, as ``forward`` returns them -> the quantized input; index -1 gives zeros.

@@ -29,6 +29,9 @@ BUILDS = {
     "affine": lambda: VectorQuantize(DIM, K, affine_param=True, sync_affine_param=True),
     "residual": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3, threshold_ema_dead_code=2.3),
     "shared": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=3, shared_codebook=True),
+    "shared, revival": lambda: ResidualVQ(
+        dim=DIM, codebook_size=K, num_quantizers=3, shared_codebook=True, threshold_ema_dead_code=2.3
+    ),
     "dropout": lambda: ResidualVQ(dim=DIM, codebook_size=K, num_quantizers=4, quantize_dropout=True),
     "not synced": lambda: VectorQuantize(DIM, K, sync_codebook=False),
 }
@@ -98,7 +101,7 @@ def test_processes_share_one_codebook(tmp_path, world, deterministic, built_firs
                 continue  # by design not the joined batch
             if deterministic:
                 assert torch.equal(ranks[0][name][key], expected), f"{name}: {key} is not that of one process"
-            elif name not in ("k-means", "revival", "residual"):  # revived rows are drawn apart
+            elif name not in ("k-means", "revival", "residual", "shared, revival"):  # revived rows are drawn apart
                 torch.testing.assert_close(ranks[0][name][key], expected, rtol=1e-5, atol=1e-6)
     revived = ranks[0]["revival"]["_codebook.cluster_size"][0] == torch.tensor(3.3)  # no count of rows comes to that
     assert revived.any()

@@ -185,6 +185,15 @@ def test_training_state_comes_along():
     assert isinstance(from_pretrained_layer(other).in_place_codebook_optimizer, Adam)
 
 
+def test_quantizers_of_a_model():
+    """The loop of docs/migrating.md."""
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.ModuleDict({"quantizer": rvq()(), "norm": nn.LayerNorm(DIM)}))
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ("GroupedResidualVQ", "ResidualVQ"):
+            model.set_submodule(name, from_pretrained_layer(module))
+    assert isinstance(model[1]["quantizer"], vqkernels.ResidualVQ)
+
+
 def test_source_is_only_read():
     other = vq()()
     before = copy.deepcopy(other.state_dict())

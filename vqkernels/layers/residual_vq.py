@@ -473,4 +473,4 @@ class ResidualVQ(nn.Module):
             codebook.update_ema()
         self.layers[0].update_in_place_optimizer()
         if codebook.threshold_ema_dead_code:
-            codebook.expire_(torch.cat(inputs).unsqueeze(0), indices.mT.reshape(1, -1))
+            codebook.expire_(torch.stack(inputs, 1).flatten(0, 1).unsqueeze(0), indices.reshape(1, -1))

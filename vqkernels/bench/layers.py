@@ -15,6 +15,7 @@ LAYERS = (
     ("ResidualVQ", {"dim": 32, "num_quantizers": 4, "codebook_size": 256}, (16, 4096, 32)),
     ("ResidualVQ", {"dim": 128, "num_quantizers": 8, "codebook_size": 1024}, (8, 2048, 128)),
     ("SimVQ", {"dim": 64, "codebook_size": 8192}, (8, 1024, 64)),
+    ("SimVQ", {"dim": 64, "codebook_size": 8192}, (16, 4096, 64)),
     ("FSQ", {"levels": [8, 5, 5, 5]}, (16, 4096, 4)),
     ("LFQ", {"codebook_size": 1024, "dim": 10}, (4, 1024, 10)),
 )

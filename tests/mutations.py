@@ -23,6 +23,7 @@ SIMVQ, FSQ, LATENT = "tests/test_layers_simvq.py", "tests/test_layers_fsq.py", "
 LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differential.py"
 LFQ_RELATIVES = "tests/test_layers_lfq_relatives.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
+PROCESSES = "tests/test_layers_distributed.py"
 RVQ, RESIDUAL, GROUPED = (
     "vqkernels/layers/residual_vq.py",
     "tests/test_layers_residual.py",
@@ -246,6 +247,22 @@ MUTATIONS = {
         "vqkernels/layers/hierarchical_vq.py", r"round\(position \*", "round((1 - position) *", GROUPED),
     "hierarchical: a NaN in the padding counts": (
         "vqkernels/layers/hierarchical_vq.py", r"torch\.where\(mask, t, 0\.0\)", "t * mask", GROUPED),
+    "processes: sums are not shared": (
+        "vqkernels/layers/codebook.py", r"dist\.all_reduce\(sums\)", "pass", PROCESSES),
+    "processes: rows are not joined in deterministic mode": (
+        "vqkernels/layers/codebook.py", r"return self\._world\(\) > 1 and torch\.are_det\w+\(\)", "return False", PROCESSES),
+    "processes: each revives by its own draw": (
+        "vqkernels/layers/codebook.py", r"            _from_first\(place\)\n", "", PROCESSES),
+    "processes: one without rows leaves early": (
+        "vqkernels/layers/codebook.py", r"if not self\.threshold_ema_dead_code or not self\.training:", "if not self.threshold_ema_dead_code or not self.training or z.shape[1] == 0:", PROCESSES),
+    "engine: the compiler may undo the copy of the codebook": (
+        "vqkernels/layers/codebook.py", r"_opaque_copy\(t\) if torch\.compiler\.is_compiling\(\) else t\.clone\(\)", "t.clone()", "tests/test_layers_engine.py"),
+    "migration: weight norms are not folded": (
+        "vqkernels/layers/migration.py", r"torch\._weight_norm\(", "(lambda direction, *_: direction)(", "tests/test_migration.py"),
+    "migration: the optimizer's state is shared": (
+        "vqkernels/layers/migration.py", r"state = copy\.deepcopy\(", "state = dict(", "tests/test_migration.py"),
+    "migration: DAC without the share of samples left out": (
+        "vqkernels/layers/factorized_residual_vq.py", r"loss \* mask\.to\(loss\.dtype\)\.mean\(\)", "loss", "tests/test_migration.py"),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Processes that train one codebook together, over gloo: what each has, against one process with the joined batch."""
 
 import copy
+import datetime
 import multiprocessing
 import os
 
@@ -59,7 +60,8 @@ def _process(rank, world, folder, work, args):
 
 def join(rank, world, folder, name):
     store = f"file://{folder}/{name}-{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    patience = datetime.timedelta(seconds=60)  # a process that waits for another in vain fails instead of hanging
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
 
 
 def train(rank, world, deterministic, built_first, join=lambda: None):

@@ -100,6 +100,18 @@ def test_any_shape(N, K, D, kind, seed, scale):
     assert torch.equal(got[1].nan_to_num(nan=-1), want[1].nan_to_num(nan=-1))
 
 
+@needs_kernel
+def test_more_than_two_to_the_31_pairs():
+    N, K = 70_000, 32_768
+    z, codebook = draw("gaussian", N, 8), draw("gaussian", K, 8, seed=1)
+    indices, distances = vq.nearest_codeword(z, codebook)
+    assert N * K > 2**31
+    ends = torch.cat([torch.arange(40), torch.arange(N - 40, N)])
+    want = reference(z[None, ends], codebook[None], None, 0, True)
+    assert torch.equal(indices[ends], want[0][0])
+    assert torch.equal(distances[ends], want[1][0])
+
+
 class TestReproducible:
     """One million rows with ties and duplicated codewords: bit equal however they are computed."""
 

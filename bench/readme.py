@@ -57,7 +57,7 @@ def layers_table() -> str:
         c = data["conditions"]
         lines += [
             f"{c['processor']}, {c['threads']} threads, {c['simd']}; torch {c['torch']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit "
-            f"{c['commit']}; `vqkernels bench --op layers --json bench/results/{path.name}`. A training step is forward, codebook update and backward; "
+            f"{c['commit']}; `vqkernels bench --op layers --seconds 1 --json bench/results/{path.name}`. A training step is forward, codebook update and backward; "
             "beside each time the memory beyond the inputs.",
             "",
             "| layer | input, options | vqkernels | vector-quantize-pytorch | we are |",

@@ -76,7 +76,10 @@ def test_every_kernel_file_belongs_to_a_spec():
     import vqkernels.ops as ops
     import vqkernels.reference as reference
 
-    references = {p.stem for p in Path(reference.__file__).parent.glob("*.py")} - {"__init__", "onnx"}  # onnx: for export
+    references = {p.stem for p in Path(reference.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "onnx",
+    }  # onnx: for export
     public = {p.stem for p in Path(ops.__file__).parent.glob("*.py")} - {"__init__", "checks"}
     words = {name.removesuffix("_backward") for name in SPECS}
     assert references == words

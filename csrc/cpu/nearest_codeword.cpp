@@ -5,9 +5,10 @@
 //   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords
 //   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
 //
-// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512; z and the
+// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512 (in integers about
+// 1.5 and 2 times as many); z and the
 // codebook are read once per block of rows from cache. Memory: O(N + K D), never N x K.
-// Numerics: docs/numerics.md. The coarse pass is fp32 with a proved bound, also for fp64 inputs; the
+// Numerics: docs/numerics.md. The coarse pass is fp32 or int16, with a proved bound, also for fp64 inputs; the
 // decision is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits
 // at every SIMD level, thread count and batch size.
 // Limits: rows whose bound is not finite, or with more than 14 candidates (all-equal codebooks), are

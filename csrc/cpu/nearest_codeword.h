@@ -152,7 +152,7 @@ void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
 }
 
 // Codebooks made ready, with the memory they stand on: about K * D floats each (twice that for cosine,
-// bf16 and f16).
+// bf16 and f16), and half as much again for integers.
 class PackedCodebooks {
  public:
   struct Source {

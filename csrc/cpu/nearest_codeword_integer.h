@@ -12,8 +12,7 @@
 //        panel of codewords [D/2][2 * VQK_LANES][2]     rows of a tile [D/2][VQK_ROWS][2]
 //          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 | z1 z1 | ...  features d, d+1
 
-constexpr double kRowLength = 32766, kCodeLength = 64000;
-constexpr int64_t kIntegerFeatures = 1 << 14;  // beyond: sums might leave 32 bits
+constexpr double kRowLength = 32766, kCodeLength = 64000;  // for D <= 2^14, see use_integers
 
 // lo, hi = scores of a tile of rows against one panel.
 VQK_INLINE void score_panel_integer(const int16_t* z, int64_t pairs, const float* row_scale, const int16_t* panel,

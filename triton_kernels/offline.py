@@ -68,7 +68,7 @@ class _StubDriver(DriverBase):
         return ty
 
     def get_benchmarker(self):
-        raise RuntimeError("an autotuner wants to measure, and there is no GPU; vqkernels chooses through tuning.config")
+        raise RuntimeError("an autotuner wants to measure and there is no GPU; configs come from tuning.config")
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def compiled_for(target: str, execute: Callable[[Launch], None] | None = None) -
     if target not in TARGETS:
         raise ValueError(f"compiled_for: unknown target {target!r}; there are: {', '.join(TARGETS)}")
     if not isinstance(triton.jit(_probe), JITFunction):
-        raise RuntimeError("compiled_for: TRITON_INTERPRET is set, so kernels are interpreted; unset it and start again")
+        raise RuntimeError("compiled_for: TRITON_INTERPRET is set, so nothing is compiled; unset it and start again")
     launches: list[Launch] = []
     run = JITFunction.run
 

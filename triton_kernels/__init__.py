@@ -1,14 +1,15 @@
 """Triton kernels, installed as ``vqkernels.triton_kernels``. One file per op: kernel above, launcher below."""
 
+import importlib
 import os
 
 
-def register(lib) -> None:
-    """Registers the ``.triton`` overloads (called once by vqkernels.registry where Triton can run)."""
-    from .codebook_usage import codebook_usage
-    from .rotation_trick import rotation_trick_backward
-
+def register(lib, names) -> None:
+    """Registers the ``.triton`` overloads of the operators ``names`` (called once by vqkernels.registry where Triton
+    can run). The launcher of an operator has its name and is in the module of that name; a backward is in its
+    forward's."""
     devices = ["CUDA", "CPU"] if os.environ.get("TRITON_INTERPRET") == "1" else ["CUDA"]
-    for device in devices:
-        lib.impl("codebook_usage.triton", codebook_usage, device)
-        lib.impl("rotation_trick_backward.triton", rotation_trick_backward, device)
+    for name in names:
+        module = importlib.import_module(f".{name.removesuffix('_backward')}", __name__)
+        for device in devices:
+            lib.impl(f"{name}.triton", getattr(module, name), device)

@@ -252,7 +252,7 @@ def _register() -> dict[str, dict[str, bool | str]]:
     if no_triton is None:
         from .triton_kernels import register
 
-        register(lib)
+        register(lib, [spec.name for spec in SPECS.values() if "triton" in spec.compiled])
     no_cuda = no_library or (None if torch.cuda.is_available() else f"no CUDA device for torch {torch.__version__}")
 
     def reason(spec: OpSpec, backend: str) -> bool | str:

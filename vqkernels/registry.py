@@ -181,7 +181,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.codeword_sums_edges,
             flops=lambda z, *_: z.numel(),
             bytes=lambda z, indices, K: _size(z, indices) + z.shape[0] * K * (8 + 4 * z.shape[2]),
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
         ),
         OpSpec(
             name="kmeans_plus_plus",
@@ -206,7 +206,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_edges,
             flops=lambda z, levels: 2 * z.shape[0] * sum(levels),
             bytes=lambda z, *_: 2 * _size(z) + 4 * z.shape[0],
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
         ),
         OpSpec(
             name="fsq_backward",
@@ -218,7 +218,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_backward_edges,
             flops=lambda z, *_: 8 * z.numel(),
             bytes=lambda z, *_: 3 * _size(z),
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
             tolerance=16.0,
         ),
         OpSpec(

@@ -114,7 +114,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.nearest_codeword_edges,
             flops=_nearest_flops,
             bytes=lambda z, codebook, *_: _size(z, codebook) + 12 * z.shape[0] * z.shape[1],
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
         ),
         OpSpec(
             name="residual_quantize",

@@ -12,7 +12,7 @@ try:
 except ImportError:
     sys.exit("The vqkernels command needs typer and rich. Run: pip install 'vqkernels[cli]'")
 
-COMMANDS = ("info", "verify", "bench", "demo", "compare", "tokenize", "recommend", "report")
+COMMANDS = ("info", "verify", "bench", "tune", "demo", "compare", "tokenize", "recommend", "report")
 
 
 class Commands(TyperGroup):

@@ -154,14 +154,14 @@ def _compare_kernel(
             survives = (half - ratio * dots <= limit) & (half < float("inf")) & inside[:, None]
             most = tl.max(tl.sum(survives.to(tl.int32), 1), 0)
             if most > PAIRS:
-                value, _ = canonical_tile(z, codebook, h * N + n, h * K + codes, inside, codes < K, D, L2)
-                value = tl.where(survives, value, float("inf"))
-                lowest = tl.min(value, 1)
-                code = tl.min(tl.where(survives & (value == lowest[:, None]), codes[None, :], _NO_CODE), 1)
-                index = tl.where(lowest < best, code, index)
+                values, _ = canonical_tile(z, codebook, h * N + n, h * K + codes, inside, codes < K, D, L2)
+                values = tl.where(survives, values, float("inf"))
+                lowest = tl.min(values, 1)
+                first = tl.min(tl.where(survives & (values == lowest[:, None]), codes[None, :], _NO_CODE), 1)
+                index = tl.where(lowest < best, first, index)
                 best = tl.minimum(best, lowest)
             else:
-                for _ in range(most):
+                for pair in range(most):
                     code = tl.min(tl.where(survives, codes[None, :], _NO_CODE), 1)
                     valid = code < _NO_CODE
                     value = canonical_pairs(z, codebook, h * N + n, h * K + code, valid, D, L2)
@@ -212,7 +212,7 @@ def plan(dtype: torch.dtype, K: int, D: int) -> dict:
 
     Float32 rows are rounded to fp16, whose eleven bits are as good as tf32's at twice the speed, because the rows are
     scaled; a table may name another arithmetic by its place in search.ARITHMETICS. Below 16 features codewords lie so
-    close together that only float32 decides. cuBLAS gets values that its tf32 and its float32 mode both multiply exactly.
+    close together that only float32 decides. cuBLAS gets values that it multiplies exactly in tf32 mode and without.
     """
     few = D < 16
     numbers = config("nearest_codeword", f"{str(dtype).removeprefix('torch.')} D{'<16' if few else search.block(D)}")
@@ -276,7 +276,7 @@ def coarse_pass(z: torch.Tensor, ratios: torch.Tensor, codebook: search.Codebook
     H, padded_N, D = z.shape
     K, arithmetic = codebook.padded_K, codebook.arithmetic
     rows, codes, features = numbers["ROWS"], numbers["CODES"], numbers["FEATURES"]
-    options = {"num_warps": numbers["num_warps"], "num_stages": numbers["num_stages"]}
+    options = {"num_warps": numbers["num_warps"], "num_stages": numbers["num_stages"], "enable_fp_fusion": True}
     if numbers["GEMM"]:
         splits, step = 1, max(rows, GEMM_SCORES // K // rows * rows)
     else:

@@ -1,8 +1,8 @@
 """Pieces of the certified search, shared by nearest_codeword and residual_quantize (proofs: docs/numerics.md).
 
     codebook --exponent, norms--> coarse codebook --+
-                                                    +--> scores = h - ratio (z.c) --> best, second --> decided | compared
-    z -------own exponent, norm-> coarse rows ------+                                                   canonically
+                                                    +--> scores = h - ratio (z.c) --> best, second --> decided, or
+    z -------own exponent, norm-> coarse rows ------+                                               compared canonically
 
 A coarse score is close to s(c) = |c|^2/2 - z.c (dot, cosine: -z.c) and computed on copies of z and the codebook, each
 multiplied by a power of two that brings its largest value to [2^8, 2^9) and rounded to what the arithmetic holds:
@@ -57,15 +57,13 @@ def coarse_scale(e):
 def round_coarse(x, ARITHMETIC: tl.constexpr):
     """float64 -> the float32 value that stands for it in a coarse pass; |x| < 2^9."""
     y = x.to(tl.float32)
-    smallest: tl.constexpr = 2.0**-60
     if ARITHMETIC == "fp16":
         y = y.to(tl.float16).to(tl.float32)
-        smallest: tl.constexpr = 2.0**-14
     elif ARITHMETIC == "bf16":
         y = y.to(tl.bfloat16).to(tl.float32)
     elif ARITHMETIC == "tf32":
         y = ((y.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(y) >= smallest, y, 0.0)
+    return tl.where(tl.abs(y) >= (2.0**-14 if ARITHMETIC == "fp16" else 2.0**-60), y, 0.0)
 
 
 @triton.jit
@@ -330,14 +328,14 @@ def prepare_codebook(codebook: torch.Tensor, arithmetic: str, l2: bool, codes: i
     transposed = arithmetic == "fma"  # neighbours in memory are codewords
     strides = (1, padded_K) if transposed else (padded_D, 1)
     largest = torch.empty(H, K, dtype=torch.float64, device=device)
-    _largest_kernel[(triton.cdiv(K, _ROWS), H)](codebook, largest, K, D, _ROWS, step)
+    _largest_kernel[(triton.cdiv(K, _ROWS), H)](codebook, largest, K, D, _ROWS, step, enable_fp_fusion=False)
     head_largest = largest.amax(-1)
     coarse = torch.empty(H, padded_K * padded_D, dtype=COARSE_DTYPE.get(arithmetic, torch.float32), device=device)
     half_norms = torch.empty(H, padded_K, dtype=torch.float32, device=device)
     norms, errors = torch.empty(2, H, padded_K, dtype=torch.float64, device=device)
     _prepare_codebook_kernel[(triton.cdiv(padded_K, _ROWS), H)](
         codebook, largest, head_largest, coarse, half_norms, norms, errors, K, D, padded_K, *strides,
-        l2, padded_D, _ROWS, step, arithmetic,
+        l2, padded_D, _ROWS, step, arithmetic, enable_fp_fusion=False,
     )  # fmt: skip
     return Codebook(
         coarse, half_norms, head_largest, norms.amax(-1), errors.amax(-1), arithmetic, l2, padded_K, padded_D, strides
@@ -345,8 +343,8 @@ def prepare_codebook(codebook: torch.Tensor, arithmetic: str, l2: bool, codes: i
 
 
 def prepare_rows(z: torch.Tensor, mask: torch.Tensor | None, codebook: Codebook, rows: int):
-    """z [H,N,D], contiguous -> coarse copy [H,PADDED_N,PADDED_D], ratios and margins float32 [H,PADDED_N] in whole tiles
-    of ``rows``. A margin is 2 eps; +inf: no bound; -1: the row is masked, not finite or padding."""
+    """z [H,N,D], contiguous -> its coarse copy [H,PADDED_N,PADDED_D], ratios and margins float32 [H,PADDED_N], in whole
+    tiles of ``rows``. A margin is 2 eps; +inf: no bound; -1: the row is masked, not finite or padding."""
     H, N, D = z.shape
     padded_N = triton.cdiv(N, rows) * rows
     coarse = torch.empty(H, padded_N, codebook.padded_D, dtype=codebook.coarse.dtype, device=z.device)
@@ -354,5 +352,6 @@ def prepare_rows(z: torch.Tensor, mask: torch.Tensor | None, codebook: Codebook,
     _prepare_rows_kernel[(triton.cdiv(padded_N, _ROWS), H)](
         z, z if mask is None else mask, codebook.largest, codebook.norm, codebook.error, coarse, ratios, margins,
         N, D, padded_N, mask is not None, codebook.l2, codebook.padded_D, _ROWS, block(D, 32), codebook.arithmetic,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return coarse, ratios, margins

@@ -1,6 +1,6 @@
 """Tile sizes, warps and stages of the Triton kernels: by chip, operator and key.
 
-    config("nearest_codeword", "bfloat16 D64") -> {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+    config("nearest_codeword", "bfloat16 D64") -> {"ROWS": 128, "CODES": 64, ..., "num_warps": 8, "num_stages": 3}
 
 A table is {op: {key: {name: number}}}; a launcher makes the key from its dtype and its classes of D and K, never from
 N, and "*" serves every other key of the op. The first table that has the op with the key, or with "*", wins:
@@ -50,10 +50,11 @@ def default() -> dict:
     return _shipped("default")
 
 
+@functools.cache
 def preference(op: str) -> tuple[str, ...]:
-    """The backends of ``op`` from fastest to slowest as `vqkernels tune` measured them on this card; () where it did
-    not run."""
-    return tuple(_measured(_device()).get("preference", {}).get(op, ()))
+    """The backends of ``op`` from fastest to slowest as `vqkernels tune` measured them on this process's card; () where
+    it did not run. Needs no triton."""
+    return tuple(load().get(card(), {}).get("preference", {}).get(op, ()))
 
 
 def user_file() -> Path:
@@ -102,7 +103,7 @@ def save(cards: dict) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    for cached in (_config, _measured):
+    for cached in (_config, _measured, preference):
         cached.cache_clear()
     return path
 

@@ -11,8 +11,9 @@ import torch
 
 from .reference import onnx
 from .registry import AVAILABLE, BACKENDS, SPECS
+from .triton_kernels import tuning
 
-# by measured preference; only CPU speeds have been measured so far
+# where `vqkernels tune` has not measured: only CPU speeds have been so far
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _OVERLOAD = {"reference": "reference", "triton": "triton", "cpu": "default", "cuda": "default"}
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # the reference runs anywhere
@@ -67,13 +68,19 @@ def pick(name: str, device: torch.device) -> Callable:
                 f"{name}: backend {_forced!r} serves {', '.join(runs_on)} tensors, the input is on {kind}"
             )
         return getattr(SPECS[name].op, _OVERLOAD[_forced])
-    preference = _PREFERENCE.get(kind, ("reference",))
+    measured = _measured(name) if kind == "cuda" else ()
+    preference = measured or _PREFERENCE.get(kind, ("reference",))
     for backend in preference:
         if row[backend] is True:
-            if backend == "reference" and not torch.compiler.is_compiling():
+            if backend == "reference" and not measured and not torch.compiler.is_compiling():
                 _say_slow(name, kind, preference)
             return getattr(SPECS[name].op, _OVERLOAD[backend])
     raise RuntimeError(f"{name}: no backend serves {kind} tensors: {row}")
+
+
+@torch.compiler.assume_constant_result  # read from a file once; a traced graph takes the answer as it is
+def _measured(name: str) -> tuple[str, ...]:
+    return tuning.preference(name)
 
 
 def _say_slow(name: str, kind: str, preference: tuple[str, ...]) -> None:

@@ -246,7 +246,8 @@ def combine(combine_fn, left, right, dtypes):
 
     out = combine_fn.fn(*map(wrap, left, dtypes), *map(wrap, right, dtypes))
     out = out if isinstance(out, tuple) else (out,)
-    return [o.handle.data.astype(x.dtype) for o, x in zip(out, left)]
+    to = interpreter.interpreter_builder.cast_impl
+    return [to(o.handle, dtype).data.astype(x.dtype) for o, dtype, x in zip(out, dtypes, left)]
 
 
 def reduce_impl(stock):
@@ -306,8 +307,8 @@ def scan_impl(stock):
         arrays = [np.ascontiguousarray(x[::-1] if self.reverse else x) for x in arrays]
         reach = 1
         while reach < len(arrays[0]):
-            later = combine(self.combine_fn, [x[:-reach] for x in arrays], [x[reach:] for x in arrays], dtypes)
-            arrays = [np.concatenate([x[:reach], y]) for x, y in zip(arrays, later)]
+            later = combine(self.combine_fn, [np.roll(x, reach, 0) for x in arrays], arrays, dtypes)
+            arrays = [np.concatenate([x[:reach], y[reach:]]) for x, y in zip(arrays, later)]
             reach *= 2
         arrays = [np.moveaxis(x[::-1] if self.reverse else x, 0, self.axis) for x in arrays]
         return [self.to_tensor(np.ascontiguousarray(x), dtype) for x, dtype in zip(arrays, dtypes)]

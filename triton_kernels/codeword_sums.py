@@ -4,9 +4,9 @@
     2. program (piece, columns):            PIECE rows of one codeword  --[LANES, BLOCK] float64--> sums or partials
     3. program (position, columns):         partials of a codeword of several pieces, in order   --> sums
 
-Work and bytes: z read once, N D element sizes; the sort moves about 60 bytes a row. N D float64 additions: memory bound,
-also where float64 runs at 1/64 of the float32 rate. A collapsed codebook is as fast as a uniform one: the pieces of one
-codeword are programs of their own.
+Work and bytes: z read once, N D element sizes; the sort moves about 60 bytes a row. N D float64 additions: memory
+bound, also where float64 runs at 1/64 of the float32 rate. A collapsed codebook is as fast as a uniform one: the pieces
+of one codeword are programs of their own.
 Numerics: added in float64, rounded once. Determinism: no atomics; row i of a piece goes to lane i mod LANES, lanes are
 added by halves, pieces in order, so the bits depend on the values alone: not on the order of programs, the chip, the
 number of warps.

@@ -232,6 +232,8 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.trie_topk_edges,
             flops=lambda logits, *_: 4 * logits.numel(),
             bytes=lambda logits, *_: _size(logits),
+            compiled=("triton",),
+            tolerance=16.0,  # score and log-probability may cancel
         ),
     )
 }

@@ -70,7 +70,7 @@ def _nvidia(cubin: bytes, arch: int, arithmetic: str) -> MachineCode:
         tensor_anywhere=_tensor([op for _, op, _ in code], r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA|QMMA"),
         load=_widest(code, r"LDGSTS|LDG", r"\.(32|64|128|256)\b", bulk=r"UTMALDG|UBLKCP"),
         store=_widest(code, r"STG", r"\.(32|64|128|256)\b", bulk=r"UTMASTG"),
-        fences=_count(code, r"MEMBAR|CCTL|ERRBAR"),
+        fences=_count(code, r"MEMBAR(?!.*\.CTA)|CCTL|ERRBAR"),
         fp64=_count(code, r"DFMA|DADD|DMUL|DSETP"),
         arithmetic=arithmetic,
         instructions=sum(bool(op) for _, op, _ in code),

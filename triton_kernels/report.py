@@ -40,18 +40,23 @@ TENSOR = {
     "sm_120": "HMMA",
     "gfx942": "v_mfma",
 }
-# operators whose widest load is narrower than 128 bits, and why
-NARROW: dict[str, str] = {}
+SEARCHES = ("nearest_codeword", "residual_quantize")
+# operators that load less than 128 bits a lane, and why
+NARROW = {
+    "codebook_usage": "an index has 64 bits and the mask over N, which kernels are not specialised for, covers one"
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of one call. ``roof``: the least microseconds of the whole call, and what sets them."""
+    """One kernel of one call. ``features``: the length of the call's rows. ``roof``: the least microseconds of the whole
+    call, and what sets them."""
 
     target: str
     op: str
     dtype: str
     workload: str
+    features: int
     kernel: str
     grid: tuple[int, int, int]
     warps: int
@@ -78,7 +83,7 @@ def compile_calls(target: str, op: str, dtype: torch.dtype, only: slice = slice(
             with compiled_for(target) as launches:
                 launcher(op)(*args)
         codes = [machine_code(launch.compiled) for launch in launches]
-        roof = roofline(target, spec.flops(*args), spec.bytes(*args), _arithmetic(codes))
+        roof = roofline(target, spec.flops(*args), spec.bytes(*args), _arithmetic(op, dtype, codes))
         for launch, code in zip(launches, codes, strict=True):
             metadata = launch.compiled.metadata
             rows.append(
@@ -87,6 +92,7 @@ def compile_calls(target: str, op: str, dtype: torch.dtype, only: slice = slice(
                     op,
                     str(dtype).removeprefix("torch."),
                     label,
+                    args[0].shape[-1],
                     launch.name.strip("_").removesuffix("_kernel"),
                     launch.grid,
                     metadata.num_warps,
@@ -98,11 +104,13 @@ def compile_calls(target: str, op: str, dtype: torch.dtype, only: slice = slice(
     return rows
 
 
-def _arithmetic(codes: list[MachineCode]) -> str:
-    """The rate that the bulk of a call's work runs at: its matrix instructions', else float64 where it has any."""
+def _arithmetic(op: str, dtype: torch.dtype, codes: list[MachineCode]) -> str:
+    """The rate that the bulk of a call's work runs at: of its matrix instructions where it has any. Searches decide the
+    few close rows in float64, which is not the bulk; other operators add in it."""
     if any(code.tensor for code in codes):
         return next(code.arithmetic for code in codes if code.tensor)
-    return "fp64" if any(code.fp64 for code in codes) else "fp32"
+    few = op in SEARCHES and dtype != torch.float64
+    return "fp64" if any(code.fp64 for code in codes) and not few else "fp32"
 
 
 def collect(jobs: Iterable[tuple], processes: int = 2, progress=None) -> list[Row]:
@@ -143,12 +151,11 @@ def _kernel_faults(row: Row) -> Iterator[str]:
 
 
 def _call_faults(group: list[Row]) -> Iterator[str]:
-    row = group[0]
-    if row.op not in NARROW and max(r.code.load for r in group) < 128:
-        yield f"{_name(row)}: global loads of {max(r.code.load for r in group)} bits, aligned rows allow 128"
-    searched = row.op in ("nearest_codeword", "residual_quantize") and row.dtype != "float64"
-    features = int(row.workload.split("×")[-1]) if searched else 0
-    if features >= 16 and not any(re.match(TENSOR[row.target], r.code.tensor) for r in group):
+    row, widest = group[0], max(r.code.load for r in group)
+    if row.op not in NARROW and row.features % 16 == 0 and widest < 128:
+        yield f"{_name(row)}: global loads of {widest} bits, rows of {row.features} allow 128"
+    searched = row.op in SEARCHES and row.dtype != "float64" and row.features >= 16
+    if searched and not any(re.match(TENSOR[row.target], r.code.tensor) for r in group):
         yield f"{_name(row)}: no {TENSOR[row.target]} in any loop"
 
 

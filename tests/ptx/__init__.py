@@ -62,11 +62,12 @@ def emulated(target: str, racecheck: bool = False, seed: int = 0) -> Iterator[li
             )
         )  # fmt: skip
 
-    knobs = triton.knobs.runtime
-    before = knobs.add_stages_inspection_hook
-    knobs.add_stages_inspection_hook = _without_ptxas
+    knobs = triton.knobs
+    before = knobs.runtime.add_stages_inspection_hook, knobs.compilation.disable_line_info
+    # line information would double the time to compile
+    knobs.runtime.add_stages_inspection_hook, knobs.compilation.disable_line_info = _without_ptxas, True
     try:
         with tuning.using({}), offline.compiled_for(target, execute):
             yield launches
     finally:
-        knobs.add_stages_inspection_hook = before
+        knobs.runtime.add_stages_inspection_hook, knobs.compilation.disable_line_info = before

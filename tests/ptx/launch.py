@@ -74,14 +74,15 @@ def _allocations(tensors: dict[str, torch.Tensor]) -> list[tuple[str, int, np.nd
     return [(name, start, bytes_at(start, size)) for name, start, size in pieces]
 
 
-def _program(ptx: str, name: str | None, constants: dict[str, int] | None = None) -> Program:
+def _program(ptx: str, name: str | None) -> Program:
     program = _programs.get((ptx, name))
     if program is None:
-        program = _programs[ptx, name] = Program(parse(ptx, name))
+        program = Program(parse(ptx, name))
         buffers = {k: np.frombuffer(v, np.uint8).copy() for k, v in program.kernel.constants.items()}
         program.constant_buffers = buffers
         program.constant_addresses = {k: b.ctypes.data for k, b in buffers.items()}
         program.compile()
+        _programs[ptx, name] = program
     return program
 
 

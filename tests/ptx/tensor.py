@@ -96,12 +96,15 @@ def _mma(c, i):
             values = elements([r(t).reshape(-1, 32) for r in read], a_type)
             for register in range(len(read)):
                 for element in range(width):
-                    matrix[:, *places(register, element, width)] = values[:, :, register, element]
+                    row, column = places(register, element, width)
+                    matrix[:, row, column] = values[:, :, register, element]
         for register, read in enumerate(c_read):
-            start[:, *c_places(register)] = read(t).reshape(-1, 32)
+            row, column = c_places(register)
+            start[:, row, column] = read(t).reshape(-1, 32)
         out = tensor_sum(a, b, start, t.launch.rough)
         for register, write in enumerate(writes):
-            write(t, np.ascontiguousarray(out[:, *c_places(register)]).ravel(), mask)
+            row, column = c_places(register)
+            write(t, np.ascontiguousarray(out[:, row, column]).ravel(), mask)
 
     return run
 
@@ -149,10 +152,12 @@ def _wgmma(c, i):
 
 
 def _finish(t, mask, pending: int) -> None:
-    """Executes the products of all but the ``pending`` youngest groups: until then nothing may rely on them."""
+    """Executes the products of all but the ``pending`` youngest groups: until then nothing may rely on them. The first
+    warp that waits has them executed for its whole warpgroup."""
     left = []
     for execute, lanes, group in t.products:
         done = mask & lanes & (group < t.products_committed - pending)
+        done = np.repeat(done.reshape(-1, 128).any(1), 128)
         if done.any():
             execute(t, done)
         if (lanes & ~done).any():
@@ -203,7 +208,8 @@ def _wgmma_product(c, i):
                 a = np.zeros((4, 16, depth), np.float32)
                 for register in range(len(a_read)):
                     for element in range(width):
-                        a[:, *a_places(register, element, width)] = values[:, :, register, element]
+                        row, column = a_places(register, element, width)
+                        a[:, row, column] = values[:, :, register, element]
                 a = a.reshape(64, depth)
             else:
                 a = matrix(t, block, int(a_read(t)[own[0]]), 64, a_transposed, own)

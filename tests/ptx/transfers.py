@@ -101,9 +101,9 @@ def _copy(c, i):
 
         return commit
     if "wait_group" in parts or "wait_all" in parts:
-        pending = int(operands[0]) if operands else -1
+        pending = int(operands[0], 0) if operands else -1
         return lambda t, mask: _land(t, mask, pending)
-    size = int(operands[2])
+    size = int(operands[2], 0)
     target, origin = c.address(operands[0]), c.address(operands[1])
     given = c.source(operands[3], "u32") if len(operands) > 3 else None
 

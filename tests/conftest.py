@@ -18,7 +18,9 @@ def poisoned_memory_and_seed():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What the differential tests compared, if this run had any."""
+    """What the differential tests and the Triton kernels under check compared, if this run had any."""
     pairs = sys.modules.get("layer_pairs")
     if pairs is not None and pairs.record.comparisons:
         terminalreporter.write_line(pairs.record.summary())
+    for line in getattr(sys.modules.get("test_triton"), "printed", ()):
+        terminalreporter.write_line(line)

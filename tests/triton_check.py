@@ -21,6 +21,7 @@ Programs run in a random order drawn from the seed (None: ascending). The arithm
 import contextlib
 import ctypes
 import sys
+from types import SimpleNamespace
 
 import triton_arithmetic as arithmetic
 from triton_arithmetic import KernelError
@@ -28,6 +29,7 @@ from triton_arithmetic import KernelError
 # isort: split
 import numpy as np
 import torch
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -145,7 +147,7 @@ class Launch:
         if address.size == 0:
             return
         width = max(1, pointer.get_element_ty().primitive_bitwidth // 8)
-        self.checker.accesses += address.size
+        self.checker.counts.accesses += address.size
         owner = self.owner(pointer, address, width)
         of = f"{kind} of {owner.name} {list(owner.shape)} {str(owner.dtype).removeprefix('torch.')}"
         if (bad := owner.outside(address, width)).any():
@@ -228,15 +230,25 @@ def _identity(t):
     return t.data_ptr(), tuple(t.shape), tuple(t.stride()), t.dtype
 
 
-class Checker:
-    """The state of one ``with checked()``: counts, fresh memory, the launch at hand."""
+class Counts:
+    """What was checked."""
 
-    def __init__(self, seed):
+    def __init__(self):
+        self.launches = self.programs = self.accesses = 0
+
+    def __str__(self):
+        return f"{self.launches} launches, {self.programs} programs, {self.accesses} accesses"
+
+
+class Checker:
+    """The state of one ``with checked()``: fresh memory, the launch at hand."""
+
+    def __init__(self, seed, counts: Counts):
         self.random = None if seed is None else np.random.default_rng(seed)
         self.noise = np.random.default_rng(0x5EED)
         self.fresh: dict[int, Fresh] = {}
         self.launch: Launch | None = None
-        self.launches = self.programs = self.accesses = 0
+        self.counts = counts
 
     def remember(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that torch.empty and its kin made: noise until it is written."""
@@ -247,7 +259,7 @@ class Checker:
         return tensor
 
     def order(self, programs: int):
-        self.programs += programs
+        self.counts.programs += programs
         return None if self.random is None else self.random.permutation(programs)
 
 
@@ -256,27 +268,28 @@ EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (tor
 
 
 @contextlib.contextmanager
-def checked(seed: int | None = 0):
-    """Checks every launch inside. Yields the counts: ``launches``, ``programs``, ``accesses``."""
+def checked(seed: int | None = 0, counts: Counts | None = None):
+    """Checks every launch inside. Yields the counts, which may be given to go on counting."""
     global active
-    previous, active = active, Checker(seed)
+    counts = counts or Counts()
+    previous, active = active, Checker(seed, counts)
     checker, stock = active, [getattr(owner, name) for owner, name in EMPTY]
     for (owner, name), make in zip(EMPTY, stock):
         setattr(owner, name, lambda *a, _make=make, **k: checker.remember(_make(*a, **k)))
     try:
         with np.errstate(all="ignore"):
-            yield checker
+            yield counts
     finally:
         active = previous
         for (owner, name), make in zip(EMPTY, stock):
             setattr(owner, name, make)
 
 
-def in_any_order(run, seeds=(None, 0, 1)):
+def in_any_order(run, seeds=(None, 0, 1), counts: Counts | None = None):
     """``run()`` under the checks once for every order of programs; its result. KernelError where they differ."""
     results = []
     for seed in seeds:
-        with checked(seed):
+        with checked(seed, counts):
             results.append(run())
     flat = [r if isinstance(r, (tuple, list)) else (r,) for r in results]
     for seed, other in zip(seeds[1:], flat[1:]):
@@ -297,8 +310,10 @@ def _call(stock):
         arithmetic.fuse = kwargs.get("enable_fp_fusion", True)
         if active is None:
             return stock(self, *args, **kwargs)
-        outer, active.launches = active.launch, active.launches + 1
+        active.counts.launches += 1
+        outer = active.launch
         active.launch = Launch(active, self.fn.__name__, {**dict(zip(self.arg_names, args)), **kwargs})
+        patched = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         try:
             return stock(self, *args, **kwargs)
         except InterpreterError as error:
@@ -309,6 +324,7 @@ def _call(stock):
                 raise
             raise cause from None
         finally:
+            patched.restore()
             active.launch = outer
 
     return wrapped
@@ -389,8 +405,21 @@ def _atomic_rmw(stock):
     return wrapped
 
 
+def _device_function(stock):
+    """A @triton.jit function called by a kernel. The stock call patches the language anew each time, which takes longer
+    than most functions; here the launch does it."""
+
+    def wrapped(self, *args, **kwargs):
+        if active is None or active.launch is None:
+            return stock(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    return wrapped
+
+
 def install():
     builder = InterpreterBuilder
+    interpreter.InterpretedFunction.__call__ = _device_function(interpreter.InterpretedFunction.__call__)
     GridExecutor.__call__ = _call(GridExecutor.__call__)
     builder.set_grid_dim = _set_grid_dim(builder.set_grid_dim)
     builder.set_grid_idx = _set_grid_idx(builder.set_grid_idx)

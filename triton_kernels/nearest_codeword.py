@@ -29,7 +29,7 @@ from .search import canonical_pairs, canonical_tile, dots_of_rows, dots_of_tile
 from .tuning import config
 
 COMPARED_ROWS = 16  # a step of the compare kernel: the least that tl.dot takes
-COMPARED_CODES = 64
+COMPARED_CODES = 32
 PAIRS = 8  # survivors of one row in a tile, beyond which the whole tile is compared
 PROGRAMS = 1024  # of the compare kernel
 MIN_PROGRAMS = 256  # of the coarse kernel, if the codebook can be split into that many
@@ -145,30 +145,31 @@ def _compare_kernel(
         best = tl.full([ROWS], float("inf"), tl.float64)
         index = tl.full([ROWS], -1, tl.int64)
         for t in range(PADDED_K // CODES):
-            codes = tl.cast(t, tl.int64) * CODES + lanes
+            start = tl.cast(t, tl.int64) * CODES
             dots = dots_of_rows(
-                coarse_z + h * PADDED_N * PADDED_D, coarse_codebook + h * PADDED_K * PADDED_D, n, codes, PADDED_D,
-                stride_k, stride_d, FEATURES, ARITHMETIC,
+                coarse_z + h * PADDED_N * PADDED_D, coarse_codebook + h * PADDED_K * PADDED_D, n, start + lanes,
+                PADDED_D, stride_k, stride_d, FEATURES, ARITHMETIC,
             )  # fmt: skip
-            half = tl.load(half_norms + h * PADDED_K + codes)[None, :]
+            half = tl.load(half_norms + h * PADDED_K + start + lanes)[None, :]
             survives = (half - ratio * dots <= limit) & (half < float("inf")) & inside[:, None]
             most = tl.max(tl.sum(survives.to(tl.int32), 1), 0)
             if most > PAIRS:
+                codes = start + lanes
                 values, _ = canonical_tile(z, codebook, h * N + n, h * K + codes, inside, codes < K, D, L2)
                 values = tl.where(survives, values, float("inf"))
                 lowest = tl.min(values, 1)
-                first = tl.min(tl.where(survives & (values == lowest[:, None]), codes[None, :], _NO_CODE), 1)
-                index = tl.where(lowest < best, first, index)
+                first = tl.min(tl.where(survives & (values == lowest[:, None]), lanes[None, :], CODES), 1)
+                index = tl.where(lowest < best, start + first, index)
                 best = tl.minimum(best, lowest)
             else:
                 for pair in range(most):
-                    code = tl.min(tl.where(survives, codes[None, :], _NO_CODE), 1)
-                    valid = code < _NO_CODE
-                    value = canonical_pairs(z, codebook, h * N + n, h * K + code, valid, D, L2)
+                    lane = tl.min(tl.where(survives, lanes[None, :], CODES), 1)
+                    valid = lane < CODES
+                    value = canonical_pairs(z, codebook, h * N + n, h * K + start + lane, valid, D, L2)
                     value = tl.where(valid, value, float("inf"))
-                    index = tl.where(value < best, code, index)
+                    index = tl.where(value < best, start + lane, index)
                     best = tl.minimum(best, value)
-                    survives = survives & (codes[None, :] != code[:, None])
+                    survives = survives & (lanes[None, :] != lane[:, None])
         rows = h * N + n
         tl.store(indices + rows, index, mask=inside)
         tl.store(distances + rows, _distance(best, index >= 0, COSINE).to(distances.dtype.element_ty), mask=inside)
@@ -219,7 +220,7 @@ def plan(dtype: torch.dtype, K: int, D: int) -> dict:
     arithmetic = "bf16" if dtype == torch.bfloat16 else "fma" if few else "fp16"
     if "ARITHMETIC" in numbers:
         arithmetic = search.ARITHMETICS[numbers["ARITHMETIC"]]
-    codes = min(numbers["CODES"], max(16, triton.next_power_of_2(K)))
+    codes = min(numbers["CODES"], max(COMPARED_CODES, triton.next_power_of_2(K)))
     features = min(numbers["FEATURES"], max(16, triton.next_power_of_2(D)))
     return numbers | {"ARITHMETIC": "tf32" if numbers["GEMM"] else arithmetic, "CODES": codes, "FEATURES": features}
 
@@ -251,7 +252,7 @@ def nearest_codeword(
 
     numbers = plan(z.dtype, K, D)
     arithmetic, features = numbers["ARITHMETIC"], numbers["FEATURES"]
-    coarse = search.prepare_codebook(codebook, arithmetic, l2, max(numbers["CODES"], COMPARED_CODES), features)
+    coarse = search.prepare_codebook(codebook, arithmetic, l2, numbers["CODES"], features)
     coarse_z, ratios, margins = search.prepare_rows(z, mask, coarse, numbers["ROWS"])
     padded_N = ratios.shape[1]
     bests, seconds, winners = coarse_pass(coarse_z, ratios, coarse, numbers)
@@ -266,7 +267,7 @@ def nearest_codeword(
     _compare_kernel[(programs, H)](
         z, codebook, coarse_z, coarse.coarse, coarse.half_norms, ratios, counts, listed, limits, indices, distances,
         N, padded_N, K, coarse.padded_K, D, coarse.padded_D, *coarse.strides, l2, cosine, COMPARED_ROWS, COMPARED_CODES,
-        features, PAIRS, arithmetic, enable_fp_fusion=False,
+        min(features, 64), PAIRS, arithmetic, enable_fp_fusion=False,
     )  # fmt: skip
     return indices, distances
 

@@ -30,7 +30,7 @@ L2, COSINE, DOT = 0, 1, 2
 ARITHMETICS = ("fma", "ieee", "tf32", "bf16", "fp16")  # a tuning table names one by its place here
 COARSE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}  # the others: float32
 MAX_FEATURES = 1 << 16  # the bounds are proved up to here
-_ROWS = 64  # a program of the preparing kernels
+_ROWS = 32  # a program of the preparing kernels
 _MAX_RATIO = tl.constexpr(60)  # of exponents of row and codebook, beyond which there is no bound
 
 
@@ -49,8 +49,8 @@ def power_of_two(e):
 
 @triton.jit
 def coarse_scale(e):
-    """What brings a largest magnitude of exponent e to [2^8, 2^9)."""
-    return power_of_two(8 - e)
+    """What brings a largest magnitude of exponent e to [2^8, 2^9), or as close as float64 has a number for it."""
+    return power_of_two(tl.minimum(8 - e, 1023))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
 
-.PHONY: demo test incumbent-tests bench lint build cpp-test cpp-bench clean
+.PHONY: demo test incumbent-tests downstream bench lint build cpp-test cpp-bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
@@ -21,6 +21,10 @@ test: $(VENV)/installed
 # The tests of vector-quantize-pytorch against ours: make incumbent-tests SUITE="--all --source CHECKOUT"
 incumbent-tests: $(VENV)/installed
 	$(BIN)/python tests/incumbent_suite.py $(SUITE)
+
+# Projects that depend on vector-quantize-pytorch, trained with it and with ours
+downstream: $(VENV)/installed
+	$(BIN)/python tests/downstream.py $(CASES)
 
 bench: $(VENV)/installed
 	$(BIN)/vqkernels bench

@@ -198,7 +198,7 @@ def _wgmma_product(c, i):
             else (bf16_to_f32(raw) if a_type == "bf16" else raw.view(np.float16).astype(np.float32))
         )
 
-    def execute(t, mask, kept):
+    def execute(t, mask, kept, a_descriptor, b_descriptor):
         for group in np.flatnonzero(mask.reshape(-1, 128).any(1)):
             lanes = slice(128 * group, 128 * group + 128)
             own = np.arange(128 * group, 128 * group + 128)
@@ -212,8 +212,8 @@ def _wgmma_product(c, i):
                         a[:, row, column] = values[:, :, register, element]
                 a = a.reshape(64, depth)
             else:
-                a = matrix(t, block, int(a_read(t)[own[0]]), 64, a_transposed, own)
-            b = matrix(t, block, int(b_read(t)[own[0]]), columns, b_transposed, own).T
+                a = matrix(t, block, int(a_descriptor[own[0]]), 64, a_transposed, own)
+            b = matrix(t, block, int(b_descriptor[own[0]]), columns, b_transposed, own).T
             start = np.zeros((4, 16, columns), np.float32)
             if kept[own[0]]:
                 for register, read in enumerate(reads):
@@ -232,10 +232,11 @@ def _wgmma_product(c, i):
         group = t.gather_warpgroup(mask)
         if group is None:
             return
-        kept = keep(t).copy()
+        # read now, whenever the product is executed; the accumulators and A in registers belong to it until then
+        operands_now = keep(t), None if in_registers else a_read(t), b_read(t)
         if t.launch.early:
-            execute(t, group, kept)
+            execute(t, group, *operands_now)
         else:
-            t.products.append((lambda t, m: execute(t, m, kept), group.copy(), t.products_committed.copy()))
+            t.products.append((lambda t, m: execute(t, m, *operands_now), group.copy(), t.products_committed.copy()))
 
     return run

@@ -74,8 +74,13 @@ def _error(got: Tensor, want: Tensor) -> float:
 def compare(spec: OpSpec, backend: str, args: tuple) -> tuple[str, float]:
     """Runs one case. Returns what is wrong (empty when nothing is) and the error of its "close" outputs."""
     device = torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
-    got = _tuple(getattr(spec.op, _OVERLOAD[backend])(*_map(args, lambda t: t.to(device))))
-    got = tuple(g.cpu() for g in got)
+    return judge(spec, getattr(spec.op, _OVERLOAD[backend])(*_map(args, lambda t: t.to(device))), args)
+
+
+def judge(spec: OpSpec, out, args: tuple) -> tuple[str, float]:
+    """What is wrong with ``out``, computed from ``args`` on any device (empty when nothing is), and the error of its
+    "close" outputs."""
+    got = tuple(g.cpu() for g in _tuple(out))
     want = _tuple(spec.reference(*args))
     want64 = _tuple(spec.reference(*_map(args, _double))) if "close" in spec.outputs else want
     worst = 0.0

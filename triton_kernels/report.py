@@ -49,7 +49,7 @@ NARROW = {
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of one call. ``features``: the length of the call's rows. ``roof``: the least microseconds of the whole
+    """One kernel of one call. ``features``: the length of its rows. ``roof``: the least microseconds of the whole
     call, and what sets them."""
 
     target: str

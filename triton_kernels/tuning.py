@@ -32,7 +32,9 @@ _override: list[dict] = []
 
 def config(op: str, key: str) -> dict[str, int]:
     """The numbers that the launcher of ``op`` should use for ``key``, on the current device."""
-    return _config(_device(), op, key) if not _override else _find((*reversed(_override), _shipped("default")), op, key)
+    if _override:
+        return dict(_find((*reversed(_override), _shipped("default")), op, key))
+    return dict(_config(_device(), op, key))
 
 
 @contextmanager
@@ -162,7 +164,7 @@ def _find(tables, op: str, key: str) -> dict[str, int]:
         rows = table.get(op, {})
         row = rows.get(key) or rows.get("*")
         if row:
-            return dict(row)
+            return row
     raise KeyError(f"no tuning table has a row for {op} {key!r}; configs/default.json needs one with the key '*'")
 
 

@@ -174,14 +174,14 @@ def train(case: Case, ours: bool, other: dict | None) -> dict:
         optimizer.zero_grad()
         run["losses"].append(loss.item())
         if step in (0, STEPS - 1):
-            run["codes"].append(case.codes(model, held_out))
+            run["codes"].append(case.codes(model.eval(), held_out))
     with torch.no_grad():
-        run["decoded"] = case.decode(model.eval(), run["codes"][-1])
+        run["decoded"] = case.decode(model, run["codes"][-1])
         run["state"] = {key: value.clone() for key, value in model.state_dict().items()}
         if other is not None:
             model.load_state_dict(other["state"])
-            run["other's codes"] = case.codes(model, held_out)
-            run["other's decoded"] = case.decode(model.eval(), other["codes"][-1])
+            run["other's codes"] = case.codes(model.eval(), held_out)
+            run["other's decoded"] = case.decode(model, other["codes"][-1])
     return run
 
 

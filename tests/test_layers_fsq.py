@@ -349,7 +349,7 @@ def test_quantize_dropout_draws_every_number_of_levels():
         (lambda: ResidualFSQ(levels=[8], num_quantizers=2, soft_clamp_input_value=1.0), "bound_hard_clamp"),
         (lambda: ResidualFSQ(levels=[8], num_quantizers=2, num_codebooks=2), "num_codebooks"),
         (lambda: ResidualFSQ(levels=[8], num_quantizers=2, quantize_dropout_cutoff_index=2), "cutoff"),
-        (lambda: ResidualFSQ(levels=[8], num_quantizers=2).get_codes_from_indices(torch.zeros(1, 3).int()), "3 quant"),
+        (lambda: ResidualFSQ(levels=[8], num_quantizers=2).get_codes_from_indices(torch.zeros(1, 3).int()), "3 levels"),
         (lambda: GroupedResidualFSQ(dim=7, groups=2, levels=[8], num_quantizers=2), "groups=2"),
         (lambda: GroupedResidualFSQ(dim=8, groups=2, levels=[8], num_quantizers=2)(torch.randn(1, 4, 7)), "8 features"),
     ),

@@ -8,12 +8,29 @@ import torch
 import torch.distributed as dist
 
 
-def check_dropout(owner: str, levels: int, cutoff_index: int, multiple_of: int) -> None:
-    if not 0 <= cutoff_index < levels or multiple_of < 1:
-        raise ValueError(
-            f"{owner}: quantize_dropout_cutoff_index={cutoff_index}, quantize_dropout_multiple_of={multiple_of}; "
-            f"expected 0 <= cutoff < {levels} and a multiple >= 1"
-        )
+class DropsLevels:
+    """Mixin of a residual layer with ``num_quantizers`` levels: its dropout's options and every forward's draw."""
+
+    quantize_dropout_without_gradients = True  # whether it also drops under ``torch.no_grad()``
+
+    def _set_dropout(self, drops: bool, cutoff_index: int, multiple_of: int) -> None:
+        if not 0 <= cutoff_index < self.num_quantizers or multiple_of < 1:
+            raise ValueError(
+                f"{type(self).__name__}: quantize_dropout_cutoff_index={cutoff_index}, quantize_dropout_multiple_of="
+                f"{multiple_of}; expected 0 <= cutoff < {self.num_quantizers} and a multiple >= 1"
+            )
+        self.quantize_dropout = drops and self.num_quantizers > 1
+        self.quantize_dropout_cutoff_index = cutoff_index
+        self.quantize_dropout_multiple_of = multiple_of
+
+    def _draw_levels(self, seed: int | None, device: torch.device) -> int:
+        """How many levels this forward uses."""
+        learns = self.quantize_dropout_without_gradients or torch.is_grad_enabled()
+        if not (self.training and self.quantize_dropout and learns):
+            return self.num_quantizers
+        seed = common_seed(device) if seed is None else seed
+        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
+        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
 
 @torch.compiler.disable  # how many levels run is decided on the host: a compiled layer has a graph break here

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import CodebookUsage
-from .dropout import check_dropout, common_seed, draw_levels
+from .dropout import DropsLevels, common_seed
 from .fsq import FSQ
-from .tokens import at_least_float32, features_last
+from .tokens import at_least_float32, features_last, per_level
 
 
-class ResidualFSQ(nn.Module):
+class ResidualFSQ(DropsLevels, nn.Module):
     """Quantizes vectors by FSQ, then what is left of them on a grid finer by the number of levels, and so on.
 
     Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualFSQ``;
@@ -34,6 +34,8 @@ class ResidualFSQ(nn.Module):
         ValueError: options that do not fit together.
     """
 
+    quantize_dropout_without_gradients = False
+
     def __init__(
         self,
         *,
@@ -51,7 +53,6 @@ class ResidualFSQ(nn.Module):
         super().__init__()
         if num_quantizers < 1:
             raise ValueError(f"ResidualFSQ: num_quantizers={num_quantizers}; at least one is needed")
-        check_dropout("ResidualFSQ", num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         if bound_hard_clamp and soft_clamp_input_value is not None:
             raise ValueError(
                 "ResidualFSQ: bound_hard_clamp=True sets soft_clamp_input_value itself; give it with "
@@ -63,9 +64,7 @@ class ResidualFSQ(nn.Module):
         self.codebook_dim = len(levels)
         self.dim = self.codebook_dim if dim is None else dim
         self.is_channel_first = is_channel_first
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._set_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
         self.has_projections = self.dim != self.codebook_dim
         self.project_in = nn.Linear(self.dim, self.codebook_dim) if self.has_projections else nn.Identity()
@@ -100,18 +99,9 @@ class ResidualFSQ(nn.Module):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices as ``forward`` returns them, or of the first quantizers only -> scaled codes ``[Q, B, ...,
         len(levels)]``; zeros for index -1 and missing quantizers."""
-        per_level = indices.unbind(1 if self.is_channel_first else -1)
-        if len(per_level) > self.num_quantizers:
-            raise ValueError(
-                f"ResidualFSQ: indices is {tuple(indices.shape)}: {len(per_level)} quantizers, "
-                f"there are {self.num_quantizers}"
-            )
-        codes = []
-        for layer, index, scale in zip(self.layers, per_level, self.scales, strict=False):
-            code = layer._decode(index)
-            codes.append((code * scale).masked_fill((index < 0).unsqueeze(-1), 0.0))
-        missing = self.num_quantizers - len(codes)
-        return torch.stack(codes + [torch.zeros_like(codes[0])] * missing)
+        levels = per_level("ResidualFSQ", indices, self.num_quantizers, 1 if self.is_channel_first else -1)
+        parts = zip(self.layers, levels, self.scales, strict=True)
+        return torch.stack([layer._decode(index) * scale for layer, index, scale in parts])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returned for these indices, in the layout of the input."""
@@ -141,7 +131,7 @@ class ResidualFSQ(nn.Module):
             residual = (residual / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
         lead = residual.shape[:-1]
         residual = residual.reshape(1, -1, self.codebook_dim)  # a map is channels last here, FSQ takes it otherwise
-        used, quantized, indices = self._draw_levels(rand_quantize_dropout_fixed_seed), 0.0, []
+        used, quantized, indices = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device), 0.0, []
         for layer, scale in zip(self.layers[:used], self.scales[:used], strict=True):
             code, index = layer(residual / scale)
             code = code * scale
@@ -153,14 +143,6 @@ class ResidualFSQ(nn.Module):
         if self.is_channel_first:
             output, index = output.movedim(-1, 1), index.movedim(-1, 1)
         return (output, index, self.get_codes_from_indices(index)) if return_all_codes else (output, index)
-
-    def _draw_levels(self, seed: int | None) -> int:
-        """How many quantizers this forward uses."""
-        if not (self.training and self.quantize_dropout and torch.is_grad_enabled()):
-            return self.num_quantizers
-        seed = common_seed(self.layers[0]._levels.device) if seed is None else seed
-        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
-        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
 
 class GroupedResidualFSQ(nn.Module):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import CodebookUsage
-from .dropout import check_dropout, common_seed, draw_levels
+from .dropout import DropsLevels, common_seed
 from .lfq import LFQ
-from .tokens import features_last
+from .tokens import features_last, per_level
 
 
-class ResidualLFQ(nn.Module):
+class ResidualLFQ(DropsLevels, nn.Module):
     """Quantizes vectors by LFQ, then what is left of them with codes of half the size, level after level.
 
     Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualLFQ``;
@@ -31,6 +31,8 @@ class ResidualLFQ(nn.Module):
         ValueError: options that do not fit together.
     """
 
+    quantize_dropout_without_gradients = False
+
     def __init__(
         self,
         *,
@@ -48,13 +50,10 @@ class ResidualLFQ(nn.Module):
             raise ValueError(f"ResidualLFQ: num_quantizers={num_quantizers}; at least one is needed")
         if kwargs.get("num_codebooks", 1) != 1 or kwargs.get("has_projections"):
             raise ValueError("ResidualLFQ: num_codebooks > 1 and has_projections=True belong to LFQ alone")
-        check_dropout("ResidualLFQ", num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.dim, self.num_quantizers, self.codebook_size = dim, num_quantizers, codebook_size
         self.codebook_dim = codebook_size.bit_length() - 1
         self.channel_first = kwargs.pop("channel_first", None)
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._set_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
 
         self.has_projections = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if self.has_projections else nn.Identity()
@@ -81,13 +80,7 @@ class ResidualLFQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices ``[..., q]`` of the first q levels -> codes ``[Q, ..., D]``; zeros for -1 and missing levels."""
-        missing = self.num_quantizers - indices.shape[-1]
-        if missing < 0:
-            raise ValueError(
-                f"ResidualLFQ: indices is {tuple(indices.shape)}; its last dimension holds levels, at most "
-                f"{self.num_quantizers}"
-            )
-        levels = F.pad(indices, (0, missing), value=-1).unbind(-1)
+        levels = per_level("ResidualLFQ", indices, self.num_quantizers)
         return torch.stack([layer._decode(index) for layer, index in zip(self.layers, levels, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -122,7 +115,7 @@ class ResidualLFQ(nn.Module):
         """
         first = self._channels_first(x.dim())
         features = self.project_in(features_last("ResidualLFQ", x, self.dim, first))
-        levels = self._draw_levels(rand_quantize_dropout_fixed_seed)
+        levels = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         residual, quantized, indices, losses = features, 0.0, [], []
         for layer in self.layers[:levels]:
             code, index, loss = layer(residual, mask=mask)
@@ -135,14 +128,6 @@ class ResidualLFQ(nn.Module):
         output = self.project_out(quantized)
         result = output.movedim(-1, 1) if first else output, index, F.pad(torch.stack(losses), (0, dropped))
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
-
-    def _draw_levels(self, seed: int | None) -> int:
-        """How many levels this forward uses."""
-        if not (self.training and self.quantize_dropout and torch.is_grad_enabled()):
-            return self.num_quantizers
-        seed = common_seed(self.layers[0].mask.device) if seed is None else seed
-        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
-        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
 
 class GroupedResidualLFQ(nn.Module):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import CodebookUsage, residual_quantize
-from .dropout import check_dropout, common_seed, draw_levels
+from .dropout import DropsLevels
 from .sim_vq import SimVQ
-from .tokens import at_least_float32, features_last, lookup
+from .tokens import at_least_float32, features_last, lookup, per_level
 
 
-class ResidualSimVQ(nn.Module):
+class ResidualSimVQ(DropsLevels, nn.Module):
     """Quantizes vectors by :class:`SimVQ`, then what is left of them, level after level.
 
     Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualSimVQ``;
@@ -53,11 +53,8 @@ class ResidualSimVQ(nn.Module):
                 f"ResidualSimVQ: heads={heads}, num_quantizers={num_quantizers}; expected one head and at least one "
                 "quantizer"
             )
-        check_dropout("ResidualSimVQ", num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.dim, self.num_quantizers, self.channel_first = dim, num_quantizers, channel_first
-        self.quantize_dropout = quantize_dropout and num_quantizers > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._set_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         options = {"channel_first": channel_first, "rotation_trick": rotation_trick, **sim_vq_kwargs}
         self.layers = nn.ModuleList(SimVQ(dim, codebook_size, **options) for _ in range(num_quantizers))
 
@@ -83,16 +80,12 @@ class ResidualSimVQ(nn.Module):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices ``[..., q]`` of the first q levels -> codewords ``[Q, ...]``, each in the layout of the input; zeros
         for index -1 and missing levels."""
-        if indices.shape[-1] > self.num_quantizers:
-            raise ValueError(
-                f"ResidualSimVQ: indices is {tuple(indices.shape)}; its last dimension holds levels, at most "
-                f"{self.num_quantizers}"
-            )
-        return self._codes([layer.codebook for layer in self.layers[: indices.shape[-1]]], indices)
+        levels = per_level("ResidualSimVQ", indices, self.num_quantizers)
+        return self._codes([layer.codebook for layer in self.layers[: indices.shape[-1]]], levels)
 
-    def _codes(self, codebooks: list[Tensor], indices: Tensor) -> Tensor:
-        """One codebook per level of the indices."""
-        codes = [lookup(book, index) for book, index in zip(codebooks, indices.unbind(-1), strict=True)]
+    def _codes(self, codebooks: list[Tensor], indices: tuple[Tensor, ...]) -> Tensor:
+        """Of the first levels, which have a codebook each; zeros for the others."""
+        codes = [lookup(book, index) for book, index in zip(codebooks, indices, strict=False)]
         codes = torch.stack(codes + [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes)))
         return codes.movedim(-1, 2) if self.channel_first else codes
 
@@ -125,7 +118,7 @@ class ResidualSimVQ(nn.Module):
         """
         tokens = features_last("ResidualSimVQ", x, self.dim, self.channel_first)
         z, first = at_least_float32(tokens), self.layers[0]
-        used = self._draw_levels(rand_quantize_dropout_fixed_seed)
+        used = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         books = [layer.codebook for layer in self.layers[:used]]
         out = residual_quantize(
             z,
@@ -143,12 +136,4 @@ class ResidualSimVQ(nn.Module):
         dropped = (0, self.num_quantizers - used)
         indices = F.pad(out.indices, dropped, value=-1)
         result = quantized.movedim(-1, 1) if self.channel_first else quantized, indices, F.pad(losses, dropped)
-        return (*result, self._codes(books, out.indices)) if return_all_codes else result
-
-    def _draw_levels(self, seed: int | None) -> int:
-        """How many levels this forward uses."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
-        seed = common_seed(self.layers[0].frozen_codebook.device) if seed is None else seed
-        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
-        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
+        return (*result, self._codes(books, out.indices.unbind(-1))) if return_all_codes else result

@@ -10,15 +10,15 @@ from ..ops import CodebookUsage, residual_quantize
 from .affine import AffineCodebook
 from .beam_search import beam_search
 from .choice import Chosen, Sampling, choose, directional_reparam
-from .dropout import check_dropout, common_seed, draw_levels
+from .dropout import DropsLevels
 from .implicit_codebook import ImplicitCodebook
 from .losses import cross_entropy, mean_square, trainable
 from .search import similarities
-from .tokens import Layout, at_least_float32, lookup
+from .tokens import Layout, at_least_float32, lookup, per_level
 from .vector_quantize import VectorQuantize
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(DropsLevels, nn.Module):
     """Quantizes vectors, then what is left of them, level after level; in one pass where the options allow it.
 
     Constructor, ``forward``, results and ``state_dict`` keys are those of ``vector_quantize_pytorch.ResidualVQ``;
@@ -95,7 +95,6 @@ class ResidualVQ(nn.Module):
             )
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"ResidualVQ: shared_codebook=True needs one codebook size, got {sizes}")
-        check_dropout("ResidualVQ", len(sizes), quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         weights = [1.0] * len(sizes) if beam_score_quantizer_weights is None else list(beam_score_quantizer_weights)
         if len(weights) != len(sizes):
             raise ValueError(
@@ -109,9 +108,7 @@ class ResidualVQ(nn.Module):
         self.implicit_neural_codebook = implicit_neural_codebook
         self.beam_size, self.eval_beam_size = beam_size, beam_size if eval_beam_size is None else eval_beam_size
         self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
-        self.quantize_dropout = quantize_dropout and len(sizes) > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self._set_dropout(quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.layout = Layout.of("ResidualVQ", dim, channel_last, accept_image_fmap, accept_3d_fmap)
         self.channel_last, self.accept_image_fmap, self.accept_3d_fmap = channel_last, accept_image_fmap, accept_3d_fmap
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
@@ -160,15 +157,8 @@ class ResidualVQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Indices ``[..., q]`` of the first q levels -> codewords ``[Q, ..., D]``; zeros for -1 and missing levels."""
-        missing = self.num_quantizers - indices.shape[-1]
-        if missing < 0:
-            raise ValueError(
-                f"ResidualVQ: indices is {tuple(indices.shape)}; its last dimension holds levels, at most "
-                f"{self.num_quantizers}"
-            )
-        indices = F.pad(indices, (0, missing), value=-1)
         codes, total = [], 0.0
-        for level, index in enumerate(indices.unbind(-1)):
+        for level, index in enumerate(per_level("ResidualVQ", indices, self.num_quantizers)):
             codebook = self.layers[level]._codebook
             codes.append(self._lookup(level, codebook.codewords(codebook.embed.dtype, snapshot=False)[0], index, total))
             total = total + codes[-1]
@@ -241,7 +231,9 @@ class ResidualVQ(nn.Module):
             self._init_levels(z, flat_mask)
             entropy = self._cross_entropy(z, targets.flatten(0, -2), flat_mask)
 
-        levels = self.num_quantizers if indices is not None else self._draw_levels(rand_quantize_dropout_fixed_seed)
+        levels = self.num_quantizers
+        if indices is None:
+            levels = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         if beam > 1 or (self.mlps is not None and self.layers[0].plain):
             quantized, index, losses = self._searched(z, flat_mask, levels, frozen, lead, beam, sample_codebook_temp)
         elif self._one_pass():
@@ -267,14 +259,6 @@ class ResidualVQ(nn.Module):
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding.to(quantized.dtype))
         return self.layout.from_tokens(quantized)
-
-    def _draw_levels(self, seed: int | None) -> int:
-        """How many levels this forward uses."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
-        seed = common_seed(self.layers[0]._codebook.embed.device) if seed is None else seed
-        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
-        return draw_levels(self.num_quantizers, cutoff, multiple, seed)
 
     def _one_pass(self) -> bool:
         """Whether the fused kernel computes what the levels would, one after the other."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -107,6 +108,18 @@ def features_last(owner: str, x: Tensor, dim: int, channel_first: bool) -> Tenso
     return x.movedim(1, -1) if channel_first else x
 
 
+def per_level(owner: str, indices: Tensor, levels: int, dim: int = -1) -> tuple[Tensor, ...]:
+    """Indices of the first levels of a residual code, side by side in ``dim`` -> one tensor for each of all levels; a
+    missing one is all -1."""
+    missing = levels - indices.shape[dim]
+    if missing < 0:
+        raise ValueError(
+            f"{owner}: indices is {tuple(indices.shape)}: {indices.shape[dim]} levels in dimension {dim}, expected at "
+            f"most {levels}"
+        )
+    return F.pad(indices.movedim(dim, -1), (0, missing), value=-1).unbind(-1)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Quantizers compute in float32, or in float64 for float64 inputs."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -141,5 +154,5 @@ def mixed_radix(digits: Tensor, basis: Tensor, codes: int) -> Tensor:
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook ``[K, D]``, indices of any shape -> codewords ``[..., D]``; a negative index gives a zero vector."""
-    codes = torch.nn.functional.embedding(indices.clamp(min=0), codebook)
+    codes = F.embedding(indices.clamp(min=0), codebook)
     return codes.masked_fill((indices < 0).unsqueeze(-1), 0.0)

@@ -129,7 +129,7 @@ SPECS: dict[str, OpSpec] = {
             bytes=lambda z, codebooks, *_: (
                 2 * _size(z) + _size(*codebooks) + 8 * len(codebooks) * z.shape[0] * z.shape[1]
             ),
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
         ),
         OpSpec(
             name="residual_quantize_backward",
@@ -142,7 +142,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.residual_quantize_backward_edges,
             flops=lambda z, codebooks, *_: 18 * len(codebooks) * z.numel(),
             bytes=lambda z, codebooks, indices, *_: 3 * _size(z) + _size(indices, *codebooks),
-            compiled=("cpu",),
+            compiled=("cpu", "triton"),
             tolerance=16.0,
         ),
         OpSpec(

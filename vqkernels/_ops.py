@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ library = torch.library.Library(NAMESPACE, "DEF")
 ops = getattr(torch.ops, NAMESPACE)
 
 _PACKAGE = Path(__file__).parent
+
+# Triton chooses the interpreter when its kernels are defined, so a later change of the variable means nothing.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def build_info() -> dict:
@@ -43,8 +47,9 @@ def triton_reason() -> str | None:
     """None where the Triton kernels can run on this machine, else why they cannot."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    import os
-
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if torch.cuda.is_available() or INTERPRETED:
         return None
-    return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests)"
+    return (
+        f"no CUDA device for torch {torch.__version__}; for tests, TRITON_INTERPRET=1, set before Python starts, runs"
+        " the kernels on CPU tensors in Triton's interpreter"
+    )

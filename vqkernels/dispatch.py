@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ._ops import INTERPRETED
 from .reference import onnx
 from .registry import AVAILABLE, BACKENDS, SPECS
 from .triton_kernels import tuning
@@ -16,7 +17,8 @@ from .triton_kernels import tuning
 # where `vqkernels tune` has not measured: only CPU speeds have been so far
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _OVERLOAD = {"reference": "reference", "triton": "triton", "cpu": "default", "cuda": "default"}
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # the reference runs anywhere
+# the reference runs anywhere; Triton's interpreter also on CPU tensors
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
 
 # One global for the whole process, not a context variable: backward passes run in autograd's own threads.
 _forced: str | None = None
@@ -62,10 +64,10 @@ def pick(name: str, device: torch.device) -> Callable:
         if row[_forced] is not True:
             raise RuntimeError(f"{name}: backend {_forced!r} was asked for and cannot run: {row[_forced]}")
         runs_on = _DEVICES.get(_forced, (kind,))
-        interpreted = _forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if kind not in runs_on and not interpreted:
+        if kind not in runs_on:
             raise RuntimeError(
-                f"{name}: backend {_forced!r} serves {', '.join(runs_on)} tensors, the input is on {kind}"
+                f"{name}: backend {_forced!r} serves {' and '.join(runs_on)} tensors, the input is on {kind};"
+                " move it with .to(), or choose another backend"
             )
         return getattr(SPECS[name].op, _OVERLOAD[_forced])
     measured = _measured(name) if kind == "cuda" else ()
@@ -85,13 +87,11 @@ def _measured(name: str) -> tuple[str, ...]:
 
 def _say_slow(name: str, kind: str, preference: tuple[str, ...]) -> None:
     """One warning per operator and device that the plain PyTorch reference serves it although kernels could exist."""
-    if (name, kind) in _warned or not SPECS[name].compiled:
+    kernels = [b for b in preference if b != "reference"]
+    if (name, kind) in _warned or (kernels and not set(kernels) & set(SPECS[name].compiled)):
         return
     _warned.add((name, kind))
-    reasons = (
-        "; ".join(f"{b}: {AVAILABLE[name][b]}" for b in preference if b != "reference")
-        or f"no kernels for {kind} devices"
-    )
+    reasons = "; ".join(f"{b}: {AVAILABLE[name][b]}" for b in kernels) or f"no kernels for {kind} devices"
     warnings.warn(f"vqkernels: {name} runs on the slow reference backend on {kind} ({reasons})", stacklevel=4)
 
 

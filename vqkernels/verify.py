@@ -115,3 +115,13 @@ def run(backends: tuple[str, ...] = BACKENDS, ops: tuple[str, ...] | None = None
                     except Exception as exception:
                         detail, error = f"{type(exception).__name__}: {exception}", float("inf")
                     yield Record(name, backend, str(dtype).removeprefix("torch."), case, not detail, error, detail)
+
+
+def not_run(ops: tuple[str, ...] | None = None) -> dict[str, list[str]]:
+    """{reason: ["op backend", ...]} of everything that ``run`` leaves out on this machine."""
+    out: dict[str, list[str]] = {}
+    for name in ops or SPECS:
+        for backend, available in AVAILABLE[name].items():
+            if available is not True:
+                out.setdefault(available.replace(f" for {name} ", " for it "), []).append(f"{name} {backend}")
+    return out

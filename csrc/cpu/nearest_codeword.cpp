@@ -5,12 +5,12 @@
 //   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords
 //   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
 //
-// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512 (in integers about
-// 1.5 and 2 times as many); z and the
-// codebook are read once per block of rows from cache. Memory: O(N + K D), never N x K.
-// Numerics: docs/numerics.md. The coarse pass is fp32 or int16, with a proved bound, also for fp64 inputs; the
-// decision is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits
-// at every SIMD level, thread count and batch size.
+// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512; in 16-bit integers 1.5
+// and 2 times as many, in bytes (AVX2) 3 times. z and the codebook are read once per block of rows from cache.
+// Memory: O(N + K D), never N x K.
+// Numerics: docs/numerics.md. The coarse pass is in bytes, 16-bit integers or fp32, with a proved bound; the decision
+// is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits at every SIMD level,
+// thread count and batch size.
 // Limits: rows whose bound is not finite, or with more than 14 candidates (all-equal codebooks), are
 // compared with every codeword canonically: the same answer, several times slower. Up to kScanRows rows
 // per head are compared that way from the start, because packing a codebook would cost more.
@@ -24,7 +24,10 @@
 namespace vqk::cpu {
 namespace {
 
-constexpr int64_t kChunk = 96;  // codewords per preparation task: whole panels at every level
+constexpr int64_t kChunk = 96;             // codewords per preparation task: whole panels at every level
+constexpr int64_t kPanelCodewords = 192;  // the same for bytes
+constexpr double kLargestByte = 63;        // see nearest_codeword_bytes.h
+constexpr double kByteLength = 181;        // of a chunk of a codeword, about: as much is left for the row's
 
 // Codewords behind one folded lane: few enough that comparing them canonically costs little beside
 // the coarse pass, enough that filtering the minima does (docs/numerics.md).
@@ -34,9 +37,21 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
+int choose_byte_group(int64_t K, int64_t D) { return D < 64 && K >= 2048 ? 2 : 1; }
+
 // Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
 // they save, and the codebook must be worth packing twice.
 bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
+
+// The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, more of
+// them in many dimensions, and take a third packing. Measured: equal to 16-bit integers at the smallest of these.
+bool use_bytes(int64_t K, int64_t D, int64_t rows, DType dtype) {
+  if (dtype == DType::f64 || D > 1024) return false;
+#ifdef VQK_TEST_BYTES  // wherever they can be used
+  return true;
+#endif
+  return D >= 16 && K >= 512 && K * D >= 32768 && rows >= 1024;
+}
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
 double codebook_scale(double largest) {
@@ -79,15 +94,17 @@ const SearchKernel& search_kernel() {
 
 PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<Source>& sources, int64_t D,
                                  DType dtype, Metric metric, bool certified, int64_t rows, const Parallel& parallel)
-    : codebooks_(sources.size()), integers_fail_(new bool[sources.size()]()) {
+    : codebooks_(sources.size()), fail_(new bool[2 * sources.size()]()) {
   struct Task {
     size_t codebook;
     int64_t first, last;  // codewords
     double largest = 0;
+    std::vector<double> sum{};  // of the codewords, where bytes are wanted
     Lengths lengths{};
     int64_t finite = 0;
   };
   std::vector<Task> tasks;
+  std::vector<char> wanted(sources.size(), 0);
   const size_t size = value_size(dtype);
   const int64_t width = 2 * kernel.lanes;
   const bool converts = dtype == DType::bf16 || dtype == DType::f16, normalizes = metric == Metric::cosine;
@@ -108,8 +125,10 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     if (kernel.integers && use_integers(cb.K, D, rows)) {
       cb.panels16 = static_cast<int16_t*>(allocate(cb.panels_count * width * (D + 1) / 2 * 4));
       cb.code_scales = static_cast<float*>(allocate(cb.panels_count * width * 4));
-      cb.integers_fail = &integers_fail_[i];
+      cb.integers_fail = &fail_[2 * i];
     }
+    wanted[i] = kernel.byte_width && use_bytes(cb.K, D, rows, dtype);
+    cb.bytes_fail = &fail_[2 * i + 1];
     for (int64_t first = 0; first < cb.K; first += kChunk) tasks.push_back({i, first, std::min(first + kChunk, cb.K)});
   }
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
@@ -123,11 +142,18 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     if (normalizes) kernel.normalize(at(cb.codewords), cb.is_double, n, D, at(cb.rows));
     (cb.is_double ? largest_magnitude<double, int64_t> : largest_magnitude<float, int32_t>)(
         at(cb.rows), n, D, &task.largest, &task.finite);
+    if (!wanted[task.codebook]) return;
+    task.sum.assign(D, 0.0);
+    const float* row = reinterpret_cast<const float*>(at(cb.rows));
+    for (int64_t k = 0; k < n; ++k, row += D)
+      for (int64_t d = 0; d < D; ++d) task.sum[d] += row[d];
   });
+  std::vector<double> means(sources.size() * D, 0.0);
   std::vector<double> largest(sources.size(), 0.0);
   for (const Task& task : tasks) {
     largest[task.codebook] = std::max(largest[task.codebook], task.largest);
     codebooks_[task.codebook].finite += task.finite;
+    for (size_t d = 0; d < task.sum.size(); ++d) means[task.codebook * D + d] += task.sum[d];
   }
   for (size_t i = 0; i < sources.size(); ++i) codebooks_[i].scale = codebook_scale(largest[i]);
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
@@ -139,6 +165,62 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     Codebook& cb = codebooks_[task.codebook];
     cb.norm = std::max(cb.norm, task.lengths.row);
     cb.integer_error = std::max(cb.integer_error, task.lengths.lost);
+  }
+  make_bytes(kernel, wanted, means, parallel);
+}
+
+// Centres the wanted codebooks of finite, ordinary floats, chooses their unit and packs them as bytes.
+void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<char>& wanted,
+                                 const std::vector<double>& means, const Parallel& parallel) {
+  struct Task {
+    Codebook* cb;
+    int64_t first, last;  // panels
+    ByteLengths lengths{};
+  };
+  std::vector<Task> tasks;
+  const int64_t width = kernel.byte_width;
+  for (size_t i = 0; i < codebooks_.size(); ++i) {
+    Codebook& cb = codebooks_[i];
+    if (!wanted[i] || cb.finite != cb.K || cb.scale != 1) continue;
+    float* mean = reinterpret_cast<float*>(memory_.emplace_back(cb.D * sizeof(float)).get());
+    for (int64_t d = 0; d < cb.D; ++d) mean[d] = static_cast<float>(means[i * cb.D + d] / static_cast<double>(cb.K));
+    cb.mean = mean;
+    const int64_t panels = ceil_div(cb.K, width), step = kPanelCodewords / width;
+    for (int64_t first = 0; first < panels; first += step)
+      tasks.push_back({&cb, first, std::min(first + step, panels)});
+  }
+  auto largest = [](ByteLengths a, const ByteLengths& b) {
+    return ByteLengths{std::max(a.row, b.row), std::max(a.chunk, b.chunk), std::max(a.peak, b.peak)};
+  };
+  parallel_for(parallel, tasks.size(), [&](int64_t t) {
+    Task& task = tasks[t];
+    task.lengths = kernel.byte_lengths(*task.cb, task.first * width, std::min(task.last * width, task.cb->K));
+  });
+  for (size_t t = 0; t < tasks.size();) {
+    Codebook& cb = *tasks[t].cb;
+    ByteLengths most{};
+    for (; t < tasks.size() && tasks[t].cb == &cb; ++t) most = largest(most, tasks[t].lengths);
+    cb.byte_row = most.row * (1 + 0x1p-20);
+    cb.byte_unit = static_cast<float>(std::max(most.peak / kLargestByte, most.chunk / kByteLength) * (1 + 0x1p-20));
+    if (!(cb.byte_unit > 0x1p-60 && cb.byte_unit < 0x1p60)) continue;  // all equal, or far out
+    cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / 32766 : 0.0;
+    cb.byte_group = choose_byte_group(cb.K, cb.D);
+    const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, int64_t{64});
+    auto allocate = [&](size_t bytes) { return static_cast<void*>(memory_.emplace_back(bytes).get()); };
+    cb.starts8 = static_cast<int16_t*>(allocate(panels * width * chunks * 2));
+    cb.half_norms8 = static_cast<int16_t*>(allocate(panels * width * 2));
+    cb.panels8 = static_cast<int8_t*>(allocate(panels * width * (cb.D + 1) / 2 * 2));
+  }
+  parallel_for(parallel, tasks.size(), [&](int64_t t) {
+    Task& task = tasks[t];
+    if (task.cb->panels8) task.lengths = kernel.pack_bytes(*task.cb, task.first, task.last);
+  });
+  for (Codebook& cb : codebooks_) {
+    ByteLengths most{};
+    for (const Task& task : tasks)
+      if (task.cb == &cb) most = largest(most, task.lengths);
+    cb.byte_error = most.row * (1 + 0x1p-20);
+    cb.byte_length = std::max(most.chunk, 1.0);
   }
 }
 

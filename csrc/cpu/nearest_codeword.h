@@ -27,11 +27,19 @@ struct Codebook {
   const float* half_norms;  // [panels][width]: |scale * row|^2 / 2 (l2) or 0; +inf keeps a codeword out
   const int16_t* panels16;  // [panels][ceil(D/2)][width][2]: rows as integers, or null
   const float* code_scales; // [panels][width]: row = code_scale * integers, nearly
-  bool* integers_fail;        // set when they leave too many candidates
+  const int8_t* panels8;    // rows - mean in bytes, or null: nearest_codeword_bytes.h has the layout of these four
+  const int16_t* starts8;
+  const int16_t* half_norms8;  // in half_norm_unit
+  const float* mean;           // [D]
+  bool *integers_fail, *bytes_fail;  // set when they leave too many candidates
   int64_t K, D, panels_count;
   int64_t finite;           // codewords that can win
   double scale, norm;       // a power of two; the largest |scale * row|
   double integer_error;     // the largest |scale * row - code_scale * integers|
+  double byte_unit, half_norm_unit;
+  double byte_row, byte_error;  // the largest |row - mean|, and |row - mean - byte_unit * bytes|
+  double byte_length;           // the largest length of a chunk's bytes
+  int byte_group;               // panels of bytes whose scores are folded into one vector
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
 };
@@ -40,10 +48,15 @@ struct Lengths {
   double row, lost;  // the largest |scale * row|; what its integers lack
 };
 
+struct ByteLengths {
+  double row, chunk, peak;  // the longest row; the longest chunk of one; the largest magnitude
+};
+
 // One SIMD level's functions; see nearest_codeword_kernel.h.
 struct SearchKernel {
   int lanes, tile_rows;  // floats in a vector; rows of z in a register tile
-  bool integers;         // has the integer coarse pass
+  bool integers;         // has the coarse pass in 16-bit integers
+  int byte_width;        // codewords in a panel of bytes, or 0: no coarse pass in bytes
   // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
   void (*convert)(const void* from, DType dtype, int64_t count, void* to);
   void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);
@@ -57,6 +70,10 @@ struct SearchKernel {
   void (*scan)(const void* rows, int n, const void* codewords, int64_t count, int64_t D, bool is_double, bool l2,
                int64_t* index, double* value);
   size_t (*scratch_bytes)(int n, int64_t D);
+  // Codewords [first, last) of cb after centring, and its panels [first, last) of bytes filled; see
+  // nearest_codeword_bytes.h.
+  ByteLengths (*byte_lengths)(const Codebook& cb, int64_t first, int64_t last);
+  ByteLengths (*pack_bytes)(const Codebook& cb, int64_t first, int64_t last);
 };
 
 extern const SearchKernel portable_kernel;
@@ -152,7 +169,7 @@ void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
 }
 
 // Codebooks made ready, with the memory they stand on: about K * D floats each (twice that for cosine,
-// bf16 and f16), and half as much again for integers.
+// bf16 and f16), half as much again for integers, a quarter for bytes.
 class PackedCodebooks {
  public:
   struct Source {
@@ -167,7 +184,10 @@ class PackedCodebooks {
  private:
   std::vector<Codebook> codebooks_;
   std::vector<Memory> memory_;
-  std::unique_ptr<bool[]> integers_fail_;
+  std::unique_ptr<bool[]> fail_;
+
+  void make_bytes(const SearchKernel&, const std::vector<char>& wanted, const std::vector<double>& means,
+                  const Parallel&);
 };
 
 }  // namespace vqk::cpu

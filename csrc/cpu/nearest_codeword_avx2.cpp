@@ -27,14 +27,31 @@
 #define VQK_MADD(x, c, sum) ((sum) + (IntVec)_mm256_madd_epi16((__m256i)(x), (__m256i)(c)))
 #define VQK_TO_FLOAT(x) _mm256_cvtepi32_ps((__m256i)(x))
 
+#define VQK_BYTES
+#define VQK_MADD_BYTES(x, c) ((Shorts)_mm256_maddubs_epi16((__m256i)(x), (__m256i)(c)))
+#define VQK_MULHRS(a, b) ((Shorts)_mm256_mulhrs_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_SUBS(a, b) ((Shorts)_mm256_subs_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_MIN16(a, b) ((Shorts)_mm256_min_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_LOWEST16(x) lowest16((__m256i)(x))
+#define VQK_NONZERO16(x) nonzero16((__m256i)((x) != 0))
+
 namespace vqk::cpu {
 namespace {
+inline int16_t lowest16(__m256i x) {
+  const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
+  const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  return static_cast<int16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, flip))) ^ 0x8000);
+}
+inline unsigned nonzero16(__m256i x) {
+  return static_cast<unsigned>(
+      _mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1))));
+}
 typedef float FloatAtAny __attribute__((aligned(2), may_alias));
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, convert, normalize,
-                                         pack, search, scan, scratch_bytes};
+extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, kByteWidth, convert, normalize, pack, search,
+                                         scan, scratch_bytes, byte_lengths, pack_bytes};
 }  // namespace vqk::cpu
 
 #pragma GCC pop_options

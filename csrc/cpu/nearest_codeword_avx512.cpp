@@ -85,11 +85,11 @@ inline unsigned nonzero(const Mask& m) {
 }  // namespace
 
 #ifdef VQK_VNNI
-extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, convert, normalize,
-                                         pack, search, scan, scratch_bytes};
+extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, 0, convert, normalize, pack, search, scan,
+                                         scratch_bytes, nullptr, nullptr};
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, convert, normalize,
-                                         pack, search, scan, scratch_bytes};
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, 0, convert, normalize, pack, search, scan,
+                                         scratch_bytes, nullptr, nullptr};
 #endif
 }  // namespace vqk::cpu
 

@@ -79,6 +79,8 @@ VQK_INLINE void score_panel(const float* z, int64_t stride, const float* panel, 
 #include "nearest_codeword_integer.h"
 #endif
 
+constexpr int kEveryCodeword = -1, kNone = -2;  // as a row's number of candidates
+
 struct Row {
   float best, limit;  // lowest score seen; best + 2 eps, or -inf: take no more candidates
   float slack;        // 2 eps
@@ -86,7 +88,6 @@ struct Row {
   float score[kCandidates];
   uint32_t lane[kCandidates];  // group * kLanes + lane
 };
-constexpr int kEveryCodeword = -1, kNone = -2;
 
 // Makes room among the candidates by dropping those that a better one has overtaken.
 static __attribute__((noinline)) bool prune(Row& row) {
@@ -257,6 +258,10 @@ VQK_INLINE double sum_of_squares(const T* x, int64_t D) {
   return sum + (sizeof(T) == 8 ? D * 0x1p-1060 : 0.0);  // no less than the truth if fp64 squares underflow
 }
 
+#ifdef VQK_BYTES
+#include "nearest_codeword_bytes.h"
+#endif
+
 struct Scratch {
   float* minima;
   Row* rows;
@@ -268,6 +273,11 @@ struct Scratch {
   float* z;           // [n][D]
   int16_t* integers;  // [n, up to a whole tile][D + 1]
   int16_t* row;       // [D + 1]
+#ifdef VQK_BYTES
+  ByteRow* byte_rows;
+  int16_t* factors;   // [kMaxRows][2]
+  uint32_t* centred;  // [D + 2 * kLanes]
+#endif
   char* gathered;     // [n][D] values of the rows `again`
   char* end;
 };
@@ -289,6 +299,11 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.z, rows * D);
   take(s.integers, rows * (D + 1));
   take(s.row, D + 1);
+#ifdef VQK_BYTES
+  take(s.byte_rows, kMaxRows);
+  take(s.factors, 2 * kMaxRows);
+  take(s.centred, D + 2 * kLanes);
+#endif
   take(s.gathered, n * D * sizeof(double));
   s.end = memory;
   return s;
@@ -396,25 +411,45 @@ static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, 
   return again;
 }
 
+#ifdef VQK_BYTES
+#include "nearest_codeword_byte_search.h"
+#endif
+
+// Bytes, 16-bit integers, floats: each pass takes the rows for which the one before was not exact enough.
 template <class T, bool L2>
 static void search_with(const Codebook& cb, const void* rows, const bool* skip, int n, char* memory, int64_t* index,
                         double* value) {
   const Scratch s = carve(memory, n, cb.D);
   const T* z = static_cast<const T*>(rows);
-#ifdef VQK_INTEGER
-  if (cb.panels16 && !__atomic_load_n(cb.integers_fail, __ATOMIC_RELAXED)) {
-    const int again = search_rows<T, L2, true>(cb, z, skip, n, s, index, value);
-    if (!again) return;
-    // Data whose spread is small beside its distance from the origin: integers tell little, stop asking them.
-    if (again > n / 2) __atomic_store_n(cb.integers_fail, true, __ATOMIC_RELAXED);
-    T* gathered = reinterpret_cast<T*>(s.gathered);
-    for (int j = 0; j < again; ++j) __builtin_memcpy(gathered + j * cb.D, z + s.again[j] * cb.D, cb.D * sizeof(T));
-    search_rows<T, L2, false>(cb, gathered, nullptr, again, s, s.index, s.value);
-    for (int j = 0; j < again; ++j) index[s.again[j]] = s.index[j], value[s.again[j]] = s.value[j];
-    return;
-  }
+  T* const gathered = reinterpret_cast<T*>(s.gathered);
+  int64_t from[kMaxRows];  // which rows z holds
+  for (int i = 0; i < n; ++i) from[i] = i;
+  int64_t* found = index;
+  double* found_value = value;
+  // After a pass: its answers go to their rows, the `again` rows of s.again become z.
+  auto finish = [&](int again) {
+    if (found != index)
+      for (int j = 0; j < n; ++j) index[from[j]] = found[j], value[from[j]] = found_value[j];
+    for (int j = 0; j < again; ++j) {
+      __builtin_memmove(gathered + j * cb.D, z + s.again[j] * cb.D, cb.D * sizeof(T));
+      from[j] = from[s.again[j]];
+    }
+    const bool most = again > n / 2;  // of the rows: stop asking this pass
+    z = gathered, skip = nullptr, n = again, found = s.index, found_value = s.value;
+    return most;
+  };
+#ifdef VQK_BYTES
+  if constexpr (sizeof(T) == sizeof(float))
+    if (cb.panels8 && !__atomic_load_n(cb.bytes_fail, __ATOMIC_RELAXED) &&
+        finish(search_bytes<L2>(cb, z, skip, n, s, found, found_value)))
+      __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
 #endif
-  search_rows<T, L2, false>(cb, z, skip, n, s, index, value);
+#ifdef VQK_INTEGER
+  if (n && cb.panels16 && !__atomic_load_n(cb.integers_fail, __ATOMIC_RELAXED) &&
+      finish(search_rows<T, L2, true>(cb, z, skip, n, s, found, found_value)))
+    __atomic_store_n(cb.integers_fail, true, __ATOMIC_RELAXED);
+#endif
+  if (n) finish(search_rows<T, L2, false>(cb, z, skip, n, s, found, found_value));
 }
 
 static void search(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,

@@ -53,4 +53,12 @@ VQK_HOST_DEVICE static constexpr inline double integer_error_bound(int64_t D, do
   return (lost + rounded) * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, underflow);
 }
 
+// The same for scores made from bytes, before their own rounding: z_row and c_row bound the lengths after centring,
+// short of which the bytes times their units are by z_error and c_error at most.
+VQK_HOST_DEVICE static constexpr inline double byte_error_bound(int64_t D, double z_norm, double z_row, double z_error,
+                                                                double c_norm, double c_row, double c_error, bool l2) {
+  const double lost = z_error * c_row + (z_row + z_error) * c_error;
+  return lost * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, 0.0);
+}
+
 }  // namespace vqk

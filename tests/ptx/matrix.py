@@ -1,0 +1,135 @@
+"""Operator x dtype x target: the registry's inputs through the Triton launchers on the emulator, judged like any other
+backend. ``check`` is what test_ptx_kernels.py runs in its worker processes."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from . import emulated
+
+TARGETS = ("sm_80", "sm_90")
+LARGEST = 2048  # size of a dimension; larger cases take too long
+
+
+@dataclass
+class Row:
+    """What became of one operator x dtype x target."""
+
+    op: str
+    dtype: str
+    target: str
+    cases: int = 0
+    launches: int = 0
+    instructions: int = 0  # executed
+    worst: float = 0.0  # error of "close" outputs, in eps
+    seconds: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op:27} {self.dtype:9} {self.target}  {self.cases:3} cases {self.launches:4} launches"
+            f" {self.instructions:9} instructions  {self.worst:6.2f} eps  {self.seconds:5.1f} s"
+        )
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """Every operator that has Triton kernels x its dtypes x targets."""
+    from vqkernels.registry import SPECS
+
+    return [
+        (spec.name, str(dtype).removeprefix("torch."), target)
+        for spec in SPECS.values()
+        if "triton" in spec.compiled
+        for dtype in spec.dtypes
+        for target in TARGETS
+    ]
+
+
+def check(op: str, dtype: str, target: str) -> Row:
+    """Every case with its own seed; the first one with an even and an odd one, and with the race check."""
+    from vqkernels import triton_kernels, verify
+    from vqkernels.registry import SPECS
+
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # torch.empty holds NaN
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    spec, launcher = SPECS[op], triton_kernels.launcher(op)
+    row, start = Row(op, dtype, target), time.perf_counter()
+    for number, (label, args) in enumerate(chosen(spec, getattr(torch, dtype), target)):
+        for seed, racecheck in ((0, False), (1, False), (2, True)) if number == 0 else ((number, False),):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    with emulated(target, racecheck, seed) as launches:
+                        out = launcher(*args)
+                    detail, error = verify.judge(spec, out, args)
+                except Exception as exception:
+                    detail, error = f"{type(exception).__name__}: {exception}", 0.0
+            row.cases += 1
+            row.launches += len(launches)
+            row.instructions += sum(launch.executed for launch in launches)
+            row.worst = max(row.worst, error)
+            if detail:
+                row.wrong.append(f"{label}, seed {seed}{', race check' if racecheck else ''}: {detail}")
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def chosen(spec, dtype, target):
+    """The hostile case if the operator has one, else the first sample; then a third of the registry's other cases, a
+    different third for the next dtype and target, so that every case runs on some and no row takes long."""
+    first, *rest = [
+        (label, args) for label, args in spec.samples(dtype) + spec.edges(dtype) if _largest(args) <= LARGEST
+    ]
+    hostile = hostile_search(dtype).get(spec.name, [])
+    offset = spec.dtypes.index(dtype) + TARGETS.index(target)
+    return [*hostile, first, *rest[offset % 3 :: 3]]
+
+
+def _largest(args) -> int:
+    """The largest size of any dimension."""
+    sizes = [
+        _largest(a) if isinstance(a, (list, tuple)) else max(a.shape, default=0)
+        for a in args
+        if isinstance(a, (list, tuple, torch.Tensor))
+    ]
+    return max(sizes, default=0)
+
+
+def hostile_search(dtype) -> dict[str, list]:
+    """Rows and codewords that are hard to decide, large enough for the kernels with tensor cores: ties, duplicates,
+    rows in the middle of two codewords, unlike scales, NaN and infinity."""
+    generator = torch.Generator().manual_seed(41)
+    codebook = torch.randint(-2, 3, (1, 48, 32), generator=generator).to(torch.float64)
+    codebook[0, 24:32] = codebook[0, :8]
+    codebook[0, 32:40] = torch.randn(8, 32, generator=generator, dtype=torch.float64)
+    z = torch.randn(1, 75, 32, generator=generator, dtype=torch.float64)
+    z[0, :24] = codebook[0, :24]
+    z[0, 24:40] = (codebook[0, :16] + codebook[0, 16:32]) / 2
+    z[0, 40:44] *= 2.0 ** torch.tensor([12.0, -12.0, 6.0, -20.0])[:, None]
+    z[0, 44, 3], z[0, 45, 31], codebook[0, 5, 0] = float("nan"), float("inf"), float("nan")
+    z, codebook = z.to(dtype), codebook.to(dtype)
+    mask = torch.rand(1, 75, generator=generator) < 0.9
+    second = torch.randn(1, 40, 32, generator=generator, dtype=torch.float64).to(dtype)
+    return {
+        "nearest_codeword": [
+            ("hostile l2", (z, codebook, mask, 0, True)),
+            ("hostile cosine", (z, codebook, None, 1, True)),
+        ],
+        "residual_quantize": [("hostile", (z, [codebook.nan_to_num(1.0), second], mask, 0))],
+    }
+
+
+if __name__ == "__main__":
+    import sys
+
+    for op, dtype, target in rows():
+        if all(word in f"{op} {dtype} {target}" for word in sys.argv[1:]):
+            row = check(op, dtype, target)
+            print(row, *row.wrong, sep="\n    ", flush=True)

@@ -204,9 +204,9 @@ def _normalize_kernel(x, out, N, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         total += v * v
     norm = tl.sqrt(total)
     for start in range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        at = rows[:, None] * D + d[None, :]
-        mask = inside[:, None] & (d[None, :] < D)
+        features = start + tl.arange(0, BLOCK)
+        at = rows[:, None] * D + features[None, :]
+        mask = inside[:, None] & (features[None, :] < D)
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float64)
         v = tl.where((norm > 0)[:, None], v / tl.where(norm > 0, norm, 1.0)[:, None], 0.0)
         v = tl.where(finite[:, None], v, float("nan"))

@@ -5,6 +5,7 @@ What the stock interpreter (3.8, 3.9) computes differently, and what is done her
     bfloat16           bits taken for integers        computed in float32, rounded to nearest even
     casts to bfloat16  truncate                       round to nearest even, once, from float64 too
     tl.dot tf32        full float32                   both operands lose their low 13 bits; tf32x3, bf16x3 as compiled
+    tl.dot sums        nearly exact                   an error that tensor cores may make
     tl.dot sizes       any                            the inner dimension must fill a tensor-core instruction
     a b + c            rounded twice                  fused where the compiler may (no enable_fp_fusion=False)
     approximations     / sqrt exp log exact           float32 / and sqrt, every exp and log: here and there one ulp off
@@ -153,10 +154,15 @@ def multiply_add(a, b, c):
     return np.where(np.isfinite(low), total + low, total)
 
 
+def scrambled(x):
+    """64 bits that look random, always the same for the same float."""
+    bits = np.array(x, ndmin=1).view(np.uint32 if x.dtype == np.float32 else np.uint64).reshape(x.shape)
+    return bits.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
 def off_by_an_ulp(x):
     """About half of the values one ulp up or down, always the same ones: what may be expected of an approximation."""
-    bits = np.array(x, ndmin=1).view(np.uint32 if x.dtype == np.float32 else np.uint64).reshape(x.shape)
-    draw = (bits.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(62)
+    draw = scrambled(x) >> np.uint64(62)
     moved = np.nextafter(x, np.where(draw == 1, np.inf, -np.inf).astype(x.dtype))
     return np.where((draw == 0) | (draw == 2) | ~np.isfinite(x) | (x == 0), x, moved)
 
@@ -220,9 +226,26 @@ def dot(method):
             raise KernelError(f"tl.dot with input_precision {precision} is not emulated")
         else:
             value = product(x, y)
-        return TensorHandle(value + d.data, d.dtype.scalar)
+        size = product(np.abs(x), np.abs(y)) + np.abs(d.data)
+        return TensorHandle(
+            value
+            + d.data
+            + some_error(value, size, x.shape[-1] * (0.5 if fp32 and precision == PRECISION.IEEE else 1)),
+            d.dtype.scalar,
+        )
 
     return wrapped
+
+
+def some_error(value, size, terms):
+    """A tensor core adds in an order of its own and cuts off: up to 2^-23 of what is added, for every term (float32
+    without tensor cores rounds: half of that). A different fraction for every value, up or down, the same each time.
+    What is exact here need not be there."""
+    if value.dtype != np.float32:
+        return 0
+    fraction = (scrambled(value) >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - 1
+    error = fraction * np.float32(terms * 2**-23) * size
+    return np.where(np.isfinite(error), error, np.float32(0))
 
 
 def min_dot_size(left, right):
@@ -390,8 +413,23 @@ def as_argument(method):
     return wrapped
 
 
+def numpy_type(stock):
+    """The stock function builds its table at every call."""
+    known = {}
+
+    @functools.wraps(stock)
+    def wrapped(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = stock(dtype)
+        return known[name]
+
+    return wrapped
+
+
 def mend():
     """Replaces the methods, once."""
+    interpreter._get_np_dtype = numpy_type(interpreter._get_np_dtype)
     builder = InterpreterBuilder
     for name in ("create_fma", "create_clampf", "create_erf", "create_rsqrt", "unary_op"):
         setattr(builder, name, through_fp32(getattr(builder, name)))

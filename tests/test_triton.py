@@ -32,6 +32,6 @@ def run(script: str, *arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("name", OPS)
 def test_op_under_the_checking_layer(name):
-    lines = [line for line in run("interpreted_ops.py", name) if line.startswith("triton ")]
+    lines = [line for line in run("interpreted_registry.py", name) if line.startswith("triton ")]
     assert len(lines) == len(SPECS[name].dtypes)
     assert all(line.endswith(": ok") for line in lines), lines

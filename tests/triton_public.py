@@ -61,7 +61,7 @@ def layers():
     for name, options in {
         "VectorQuantize": {"dim": 8, "codebook_size": 16},
         "ResidualVQ": {"dim": 8, "codebook_size": 16, "num_quantizers": 2},
-        "FSQ": {"levels": [8, 5, 5, 5, 3, 2, 4, 7]},
+        "FSQ": {"levels": [8, 5, 5, 5, 3, 3, 4, 7]},
     }.items():
 
         def step(x, name=name, options=options):

@@ -21,6 +21,7 @@ from .reference.nearest_codeword import accumulate_dtype, nearest_codeword
 from .reference.residual_quantize import residual_quantize, residual_quantize_backward
 from .reference.rotation_trick import rotation_trick_backward
 from .reference.trie_topk import trie_topk
+from .reference.vmap import register as register_vmap
 
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 ESTIMATORS = {"ste": 0, "rotation": 1, "reflection": 2}
@@ -246,6 +247,7 @@ def _register() -> dict[str, dict[str, bool | str]]:
         for overload in ("", ".reference", ".triton"):
             lib.define(spec.name + overload + spec.schema)
             lib._register_fake(spec.name + overload, spec.fake)
+            register_vmap(lib, spec.name, overload)
         lib.impl(spec.name + ".reference", spec.reference, "CompositeExplicitAutograd")
     lib.define("simd_level(int level=-1) -> int")
     lib.define("fma_peak_gflops() -> float")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .codebook import Codebook
+from .codebook import Codebook, check_step
 
 _BATCH = ("batch_mean", "batch_variance")
 
@@ -40,6 +40,7 @@ class AffineCodebook(Codebook):
     def observe(self, z: Tensor, mask: Tensor | None) -> None:
         if torch.compiler.is_exporting():
             return
+        check_step(z, self.batch_mean)
         if self.training:
             mean, variance = _moments(self.embed)
             for name, value in (("codebook_mean", mean), ("codebook_variance", variance)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autograd import Function
 from .tokens import at_least_float32
 from .usage import RemembersIndices
 
@@ -21,14 +22,17 @@ def binary_entropy(logits: Tensor) -> Tensor:
     return -(logits.sigmoid() * F.logsigmoid(logits) + (-logits).sigmoid() * F.logsigmoid(-logits)).sum(-1)
 
 
-class _OneHotFn(torch.autograd.Function):
+class _OneHotFn(Function):
     """Value: the one-hot vector of a code ``[N, 2^bits]``; gradient: that of the codes' probabilities."""
 
     @staticmethod
-    def forward(ctx, logits, indices, codes):
-        ctx.save_for_backward(logits, indices, codes)
+    def forward(logits, indices, codes):
         one_hot = logits.new_zeros(logits.shape[0], codes.shape[0])
         return one_hot.scatter_(-1, indices.clamp(min=0).unsqueeze(-1), 1.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

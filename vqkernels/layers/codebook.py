@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import codeword_sums, kmeans
+from .tokens import transformed
 
 _PLUS_PLUS = 1024  # k-means++ makes one pass over the rows per codeword; beyond this the start is random rows
 
@@ -113,6 +114,8 @@ class Codebook(nn.Module):
         """Seeds the codewords from the first batch that has a usable row; z ``[H, N, D]``, mask ``[H, N]``."""
         if not self.needs_init:
             return
+        if transformed(z):
+            raise RuntimeError("kmeans_init cannot start under torch.vmap: call the layer on a first batch before")
         if bool(self.initted):
             self.needs_init = False
             return
@@ -171,6 +174,7 @@ class Codebook(nn.Module):
         ema_update = self.ema_update if ema_update is None else ema_update
         if not ema_update and not self.threshold_ema_dead_code:
             return
+        check_step(indices, self.cluster_size)
         z, indices = self._join(z, indices)
         sums, counts = codeword_sums(z, indices, self.codebook_size)
         sums, counts = sums.to(self.embed_avg.dtype), counts.to(self.cluster_size.dtype)
@@ -272,6 +276,16 @@ class Codebook(nn.Module):
         dist.all_reduce(fresh)
         dist.all_reduce(found)
         return fresh, found > 0
+
+
+def check_step(x: Tensor, state: Tensor) -> None:
+    """Before a step that x makes on the state."""
+    if transformed(x) and not transformed(state):
+        raise RuntimeError(
+            "torch.vmap and torch.func.grad cannot make the step that changes the codebook in training (affine_param: "
+            "always): call eval(), set freeze_codebook=True, or hand the buffers in, too, with "
+            "torch.func.functional_call"
+        )
 
 
 def _snapshot(t: Tensor) -> Tensor:

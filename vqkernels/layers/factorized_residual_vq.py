@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import vector_quantize
-from .tokens import at_least_float32, features_last, lookup
+from .tokens import at_least_float32, features_last, lookup, project
 from .usage import RemembersIndices
 
 
@@ -23,13 +23,13 @@ class FactorizedVQ(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, estimator: str, commitment_weight: float):
         """x ``[..., dim]`` -> quantized ``[..., dim]``, indices ``[...]``, loss."""
-        z = at_least_float32(self.project_in(x))
+        z = at_least_float32(project(self.project_in, x))
         book = self.codebook.to(z.dtype)
         out = vector_quantize(z, book, estimator, commitment_weight, "cosine", mask)
         loss = out.commitment_loss + out.codebook_loss
         if mask is not None:  # the mean is over all samples, those left out count as 0
             loss = loss * mask.to(loss.dtype).mean()
-        return self.project_out(out.quantized.to(x.dtype)), out.indices, loss
+        return project(self.project_out, out.quantized.to(x.dtype)), out.indices, loss
 
 
 class FactorizedResidualVQ(RemembersIndices, nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .tokens import at_least_float32, features_last, mixed_radix, straight_through
+from .tokens import at_least_float32, features_last, mixed_radix, project, straight_through
 from .usage import RemembersIndices
 
 _UNIFORM_STD = 12**-0.5  # of a uniform distribution on [0, 1]
@@ -228,7 +228,7 @@ class FSP(RemembersIndices, nn.Module):
             ValueError: a shape that does not fit.
         """
         tokens = features_last("FSP", z, self.dim, self.channel_first)
-        features = self.project_in(tokens.reshape(-1, self.dim))
+        features = project(self.project_in, tokens.reshape(-1, self.dim))
         flat = at_least_float32(features)
         eps = eps or torch.finfo(flat.dtype).eps
         norm_loss, norm_info = self.vector_norm(flat)
@@ -246,5 +246,5 @@ class FSP(RemembersIndices, nn.Module):
             codes = straight_through(flat, codes)  # through both functions
         indices = self.level_indices_to_indices(level).reshape(tokens.shape[:-1])
         self._remember(indices)
-        output = self.project_out(codes.to(features.dtype)).reshape(tokens.shape)
+        output = project(self.project_out, codes.to(features.dtype)).reshape(tokens.shape)
         return output.movedim(-1, 1) if self.channel_first else output, indices, norm_loss, info

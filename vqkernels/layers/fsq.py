@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import fsq
-from .tokens import at_least_float32, features_last, mixed_radix, straight_through
+from .tokens import at_least_float32, features_last, mixed_radix, project, straight_through
 from .usage import RemembersIndices
 
 _MOST_CODES = 2**31 - 1  # indices are int32
@@ -251,7 +251,7 @@ class FSQ(RemembersIndices, nn.Module):
             ValueError: a shape that does not fit.
         """
         channel_first = self.channel_first or z.dim() >= 4
-        features = self.project_in(features_last("FSQ", z, self.dim, channel_first))
+        features = project(self.project_in, features_last("FSQ", z, self.dim, channel_first))
         groups = features.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
             groups = self._rotate(groups, back=False)
@@ -259,7 +259,7 @@ class FSQ(RemembersIndices, nn.Module):
         codes = self.maybe_apply_noise(codes)
         if self.orthogonal_rotation:
             codes = self._rotate(codes, back=True)
-        output = self.project_out(codes.flatten(-2).to(features.dtype))
+        output = project(self.project_out, codes.flatten(-2).to(features.dtype))
         self._remember(indices)
         if indices is not None and not self.keep_num_codebooks_dim:
             indices = indices.squeeze(-1)

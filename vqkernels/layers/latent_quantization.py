@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..ops import nearest_codeword
-from .tokens import at_least_float32, features_last, straight_through
+from .tokens import at_least_float32, features_last, project, straight_through
 from .usage import RemembersIndices
 
 
@@ -168,14 +168,14 @@ class LatentQuantize(RemembersIndices, nn.Module):
             ValueError: a shape that does not fit.
         """
         tokens = features_last("LatentQuantize", z, self.dim, True)
-        features = self.project_in(tokens)
+        features = project(self.project_in, tokens)
         groups = at_least_float32(features.unflatten(-1, (self.num_codebooks, self.codebook_dim)))
         level, value = self._nearest(groups)
         if self.in_place_codebook_optimizer is not None and self.training:
             self._step(groups.detach(), level)
             level, value = self._nearest(groups)
         codes = straight_through(groups, value)
-        output = self.project_out(codes.flatten(-2).to(features.dtype))
+        output = project(self.project_out, codes.flatten(-2).to(features.dtype))
         index = self._index(level)
         self._remember(index)
         loss = self._loss(tokens, output, (index >= 0).all(-1))

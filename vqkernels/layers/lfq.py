@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bit_entropy import BitEntropies, bits_of, entropy
-from .tokens import at_least_float32, features_last
+from .tokens import at_least_float32, features_last, poison, project
 from .usage import RemembersIndices
 
-_TINY = 2.0**-60  # times a feature: no overflow
 _MOST_BITS = 32  # the entropy loss needs a number per code
 
 
@@ -219,14 +218,13 @@ class LFQ(RemembersIndices, nn.Module):
         lead = tokens.shape[:-1]
         if mask is not None:
             mask = _mask(mask, lead)
-        features = self.project_in(tokens)
+        features = project(self.project_in, tokens)
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(features)
-            # 0, or NaN where a feature is NaN or infinite; a product costs less than a test
-            poison = (z.detach() @ z.new_full(z.shape[-1:], _TINY)) * 0.0
+            hole = poison(z)[..., None, None]
             z = self._quantizer_input(z)
             # in place, because the result is then a float at once: a third of the time of a bool and its conversion
-            bits = z.detach().clone().gt_(0) + poison[..., None, None]
+            bits = z.detach().clone().gt_(0) + hole
             codes = bits * (2.0 * self._unit) - self._unit
             exact = torch.float32 if self.codebook_dim <= 24 else torch.float64
             indices = (bits.to(exact) @ self.mask.to(exact)).nan_to_num(-1.0).long()
@@ -243,7 +241,7 @@ class LFQ(RemembersIndices, nn.Module):
                 breakdown = LossBreakdown(*z.new_zeros(3).unbind()) if return_loss_breakdown else None
             if self.orthogonal_rotation:
                 quantized = quantized @ self.orthogonal_rot.mT.to(z.dtype)
-        quantized = self.project_out(quantized.flatten(-2).to(features.dtype))
+        quantized = project(self.project_out, quantized.flatten(-2).to(features.dtype))
         self._remember(indices)
         if not self.keep_num_codebooks_dim:
             indices = indices.squeeze(-1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tokens import transformed
+
 
 class LossBreakdown(NamedTuple):
     """The unweighted parts of a quantizer's loss; a part that is switched off is 0."""
@@ -80,6 +82,7 @@ def used_codes(indices: Tensor, codebook_size: int) -> Tensor:
 
 
 def trainable(loss: Tensor) -> Tensor:
-    """A loss that ``backward`` accepts even when no input needs a gradient. A compiled graph cannot make one."""
-    as_is = loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    """A loss that ``backward`` accepts even when no input needs a gradient. A compiled graph cannot make
+    one, and the functions of ``torch.func`` need none."""
+    as_is = loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed(loss)
     return loss if as_is else loss.requires_grad_()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops import CodebookUsage
 from .dropout import DropsLevels, common_seed
 from .fsq import FSQ
-from .tokens import at_least_float32, features_last, per_level
+from .tokens import at_least_float32, features_last, per_level, project
 
 
 class ResidualFSQ(DropsLevels, nn.Module):
@@ -125,7 +125,7 @@ class ResidualFSQ(DropsLevels, nn.Module):
         Raises:
             ValueError: a shape that does not fit.
         """
-        features = self.project_in(features_last("ResidualFSQ", x, self.dim, self.is_channel_first))
+        features = project(self.project_in, features_last("ResidualFSQ", x, self.dim, self.is_channel_first))
         residual = at_least_float32(features)
         if self.soft_clamp_input_value is not None:
             residual = (residual / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
@@ -139,7 +139,7 @@ class ResidualFSQ(DropsLevels, nn.Module):
             quantized = quantized + code
             indices.append(index.reshape(*lead, *index.shape[2:]))
         index = F.pad(torch.stack(indices, -1), (0, self.num_quantizers - used), value=-1)
-        output = self.project_out(quantized.reshape(*lead, self.codebook_dim).to(features.dtype))
+        output = project(self.project_out, quantized.reshape(*lead, self.codebook_dim).to(features.dtype))
         if self.is_channel_first:
             output, index = output.movedim(-1, 1), index.movedim(-1, 1)
         return (output, index, self.get_codes_from_indices(index)) if return_all_codes else (output, index)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops import CodebookUsage
 from .dropout import DropsLevels, common_seed
 from .lfq import LFQ
-from .tokens import features_last, per_level
+from .tokens import features_last, per_level, project
 
 
 class ResidualLFQ(DropsLevels, nn.Module):
@@ -114,7 +114,7 @@ class ResidualLFQ(DropsLevels, nn.Module):
             ValueError: a shape that does not fit.
         """
         first = self._channels_first(x.dim())
-        features = self.project_in(features_last("ResidualLFQ", x, self.dim, first))
+        features = project(self.project_in, features_last("ResidualLFQ", x, self.dim, first))
         levels = self._draw_levels(rand_quantize_dropout_fixed_seed, x.device)
         residual, quantized, indices, losses = features, 0.0, [], []
         for layer in self.layers[:levels]:
@@ -125,7 +125,7 @@ class ResidualLFQ(DropsLevels, nn.Module):
             losses.append(loss)
         dropped = self.num_quantizers - levels
         index = F.pad(torch.stack(indices, -1), (0, dropped), value=-1)
-        output = self.project_out(quantized)
+        output = project(self.project_out, quantized)
         result = output.movedim(-1, 1) if first else output, index, F.pad(torch.stack(losses), (0, dropped))
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
 

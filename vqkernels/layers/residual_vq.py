@@ -14,7 +14,7 @@ from .dropout import DropsLevels
 from .implicit_codebook import ImplicitCodebook
 from .losses import cross_entropy, mean_square, trainable
 from .search import similarities
-from .tokens import Layout, at_least_float32, lookup, per_level
+from .tokens import Layout, at_least_float32, lookup, per_level, project
 from .vector_quantize import VectorQuantize
 
 
@@ -219,7 +219,7 @@ class ResidualVQ(DropsLevels, nn.Module):
         beam = 1 if beam is None else beam
         if beam < 1:
             raise ValueError(f"ResidualVQ.forward: beam_size={beam}; expected a number >= 1")
-        z = at_least_float32(self.project_in(tokens)).reshape(-1, self.codebook_dim)
+        z = at_least_float32(project(self.project_in, tokens)).reshape(-1, self.codebook_dim)
         flat_mask = None if mask is None else mask.flatten()
         entropy = None
         if indices is not None:
@@ -254,7 +254,8 @@ class ResidualVQ(DropsLevels, nn.Module):
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        quantized = self.project_out(quantized.reshape(*tokens.shape[:-1], self.codebook_dim).to(tokens.dtype))
+        quantized = quantized.reshape(*tokens.shape[:-1], self.codebook_dim).to(tokens.dtype)
+        quantized = project(self.project_out, quantized)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
             quantized = torch.where(mask.unsqueeze(-1), quantized, padding.to(quantized.dtype))
@@ -288,8 +289,7 @@ class ResidualVQ(DropsLevels, nn.Module):
         inputs, residual = [], z.detach()
         for level, layer in enumerate(layers):
             index = out.indices[:, level].unsqueeze(0)
-            if not torch.compiler.is_exporting():
-                layer._last_indices = index
+            layer._remember(index)
             if updating:
                 layer._codebook.update(residual.unsqueeze(0), index)
                 if self.shared_codebook:

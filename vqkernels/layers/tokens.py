@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..ops.autograd import Function
+
+_TINY = 2.0**-60  # times a feature: no overflow
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,17 @@ def per_level(owner: str, indices: Tensor, levels: int, dim: int = -1) -> tuple[
     return F.pad(indices.movedim(dim, -1), (0, missing), value=-1).unbind(-1)
 
 
+def transformed(t: Tensor) -> bool:
+    """Whether t stands for other tensors inside ``torch.vmap``, ``torch.func.grad`` and the like."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Quantizers compute in float32, or in float64 for float64 inputs."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _StraightThrough(Function):
     @staticmethod
     def forward(x, value):
         return value.view_as(value)
@@ -144,6 +151,27 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
     """``value``, bit for bit and without a copy, with the gradient of x; same shape and dtype."""
     return _StraightThrough.apply(x, value.detach())
+
+
+def poison(x: Tensor) -> Tensor:
+    """``[..., D]`` -> ``[...]``, in at least float32: 0, or NaN where a value is NaN or infinite. A product costs less
+    than a test of every value."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = at_least_float32(x.detach())
+        return (x @ x.new_full(x.shape[-1:], _TINY)) * 0.0
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)``, where a row ``[..., D]`` with NaN or infinity becomes NaN, and does not reach the gradient of the
+    weights: 0 times such a value would be NaN."""
+    if isinstance(linear, nn.Identity):
+        return x
+    hole = poison(x).unsqueeze(-1)
+    if torch.is_grad_enabled():
+        lost = hole.isnan()
+        return torch.where(lost, torch.nan, linear(straight_through(x, torch.where(lost, 0.0, x.detach()))))
+    result = linear(x)
+    return result + hole.to(result.dtype)
 
 
 def mixed_radix(digits: Tensor, basis: Tensor, codes: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import CodebookUsage, codebook_usage
+from .tokens import transformed
 
 
 class RemembersIndices:
@@ -21,7 +22,8 @@ class RemembersIndices:
         return self.__dict__ | {"_last_indices": None}
 
     def _remember(self, indices: Tensor | None) -> None:
-        if not torch.compiler.is_exporting():
+        """Not inside ``torch.vmap``, where the indices stand for many, nor while a graph is exported."""
+        if not torch.compiler.is_exporting() and (indices is None or not transformed(indices)):
             self._last_indices = indices
 
     @property

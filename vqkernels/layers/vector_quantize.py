@@ -17,7 +17,7 @@ from .codebook import Codebook, normalize
 from .losses import LossBreakdown, cross_entropy, diversity_loss, orthogonal_loss, trainable, used_codes
 from .options import check_options, estimator_name
 from .search import similarities
-from .tokens import Heads, Layout, lookup
+from .tokens import Heads, Layout, lookup, project
 from .usage import RemembersIndices
 
 
@@ -297,7 +297,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
         tokens = self.layout.to_tokens(x)
         lead = tokens.shape[:-1]
         mask = self.layout.mask(lead, mask, lens)
-        z, z_mask = self._vectors(self.project_in(tokens)), self.split_heads.mask(mask)
+        z, z_mask = self._vectors(project(self.project_in, tokens)), self.split_heads.mask(mask)
         self._codebook.init_(z, z_mask)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         updating = self.training and not frozen and topk is None
@@ -438,7 +438,7 @@ class VectorQuantize(RemembersIndices, nn.Module):
 
     def _output(self, quantized: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``[..., heads D]`` -> the result: input dtype, projected, padding filled, in the input's layout."""
-        quantized = self.project_out(quantized.to(tokens.dtype))
+        quantized = project(self.project_out, quantized.to(tokens.dtype))
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
             if quantized.dim() > tokens.dim():  # topk

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from ..dispatch import pick
 from . import checks
+from .autograd import Function
 
 
-class FsqFn(torch.autograd.Function):
+class FsqFn(Function):
     @staticmethod
-    def forward(ctx, z, levels):
-        quantized, indices = pick("fsq", z.device)(z, levels)
+    def forward(z, levels):
+        return pick("fsq", z.device)(z, levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, ctx.levels = inputs
         ctx.save_for_backward(z)
-        ctx.levels = levels
-        ctx.mark_non_differentiable(indices)
-        return quantized, indices
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..dispatch import pick
 from ..registry import ESTIMATORS, METRICS
 from . import checks
+from .autograd import Function
 
 
 class Quantized(NamedTuple):
@@ -23,20 +23,26 @@ class Quantized(NamedTuple):
     codebook_loss: Tensor
 
 
-class ResidualQuantizeFn(torch.autograd.Function):
+class ResidualQuantizeFn(Function):
     """z [H,N,D], codebooks Q x [H,K_l,D]. The gradient of the losses is fused into the estimator's backward pass."""
 
     @staticmethod
-    def forward(ctx, *args):  # torch.compile counts named parameters, and with two codebooks would leave out ctx
-        z, mask, metric, estimator, per_level, beta, *codebooks = args
+    def forward(*args):
+        # where no gradient is wanted, torch.compile hands a context in, too: it counts the named parameters
+        z, mask, metric, _, _, beta, *codebooks = args if isinstance(args[0], Tensor) else args[1:]
         indices, quantized, losses, valid = pick("residual_quantize", z.device)(z, list(codebooks), mask, metric)
-        ctx.save_for_backward(z, indices, valid, *codebooks)
-        ctx.mark_non_differentiable(indices)
-        ctx.estimator, ctx.per_level, ctx.beta = estimator, per_level, beta
-        return quantized, indices, losses * beta, losses.clone()
+        return quantized, indices, losses * beta, losses.clone(), valid
 
     @staticmethod
-    def backward(ctx, grad, _, grad_commitment, grad_codebook):
+    def setup_context(ctx, inputs, output):
+        z, _, _, estimator, per_level, beta, *codebooks = inputs
+        _, indices, _, _, valid = output
+        ctx.save_for_backward(z, indices, valid, *codebooks)
+        ctx.mark_non_differentiable(indices, valid)
+        ctx.estimator, ctx.per_level, ctx.beta = estimator, per_level, beta
+
+    @staticmethod
+    def backward(ctx, grad, _, grad_commitment, grad_codebook, __):
         z, indices, valid, *codebooks = ctx.saved_tensors
         scale = 2.0 / (valid.clamp(min=1) * z.shape[-1]).to(grad_commitment.dtype)
         dz = None
@@ -79,7 +85,7 @@ def _quantize(op, z, codebooks, estimator, beta, metric, mask, per_level) -> Qua
     estimator_id = checks.choice(op, "estimator", estimator, ESTIMATORS)
     metric_id = checks.choice(op, "metric", metric, METRICS)
     H, D = heads or 1, z.shape[-1]
-    quantized, indices, commitment, codebook_loss = ResidualQuantizeFn.apply(
+    quantized, indices, commitment, codebook_loss, _ = ResidualQuantizeFn.apply(
         z.reshape(H, -1, D),
         None if mask is None else mask.reshape(H, -1),
         metric_id,

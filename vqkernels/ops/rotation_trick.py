@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..dispatch import pick
 from ..registry import ESTIMATORS
 from . import checks
+from .autograd import Function
 
 
-class RotationTrickFn(torch.autograd.Function):
+class RotationTrickFn(Function):
     """Value q, gradient to z."""
 
     @staticmethod
-    def forward(ctx, z, q, estimator):
+    def forward(z, q, estimator):
+        return q.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, q, estimator = inputs
         ctx.save_for_backward(z, q)
         ctx.estimator = estimator
-        return q.clone()
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,6 +1,6 @@
 """nearest_codeword's Triton kernels under the checking layer: every arithmetic, plan and stage, on hostile inputs.
 
-    python tests/interpreted_search.py [WORD ...]      all checks, or those whose name contains a word
+python tests/interpreted_search.py [WORD ...]      all checks, or those whose name contains a word
 """
 
 import sys
@@ -11,16 +11,16 @@ import triton_check
 # isort: split
 import numpy as np
 import torch
-
-from vqkernels import registry, verify
-from vqkernels.reference.nearest_codeword import canonical
 from vqkernels.triton_kernels import nearest_codeword as module
 from vqkernels.triton_kernels import search, tuning
 from vqkernels.triton_kernels.nearest_codeword import nearest_codeword
 
+from vqkernels import registry, verify
+from vqkernels.reference.nearest_codeword import canonical
+
 SPEC = registry.SPECS["nearest_codeword"]
 TILES = {"ROWS": 32, "CODES": 32, "FEATURES": 64, "GEMM": 0, "num_warps": 4, "num_stages": 2}
-N, K, D = 20, 40, 19
+N, K, D = 16, 36, 17
 
 
 def draw(kind: str, *shape: int, seed: int) -> torch.Tensor:
@@ -133,10 +133,9 @@ def order_of_programs():
 
 
 def edges():
-    for dtype in (torch.float32, torch.bfloat16):
-        for case, args in SPEC.edges(dtype):
-            if args[1].shape[1] <= 128:
-                agrees(args, dtype, case)
+    for case, args in SPEC.edges(torch.float32):
+        if args[1].shape[1] <= 128:
+            agrees(args, case)
 
 
 def every_codeword_equal_or_unusable():
@@ -266,9 +265,9 @@ def main(words: list[str]) -> int:
     module.SCAN_WORK = 0  # small inputs go through all stages
     for check in CHECKS:
         if not words or any(word in check.__name__ for word in words):
-            start = time.perf_counter()
+            start = time.process_time()
             check()
-            print(f"triton nearest_codeword {check.__name__}: ok, {time.perf_counter() - start:.1f} s", flush=True)
+            print(f"triton nearest_codeword {check.__name__}: ok, {time.process_time() - start:.1f} s", flush=True)
     return 0
 
 

@@ -16,7 +16,7 @@ sets GEMM, cuBLAS makes the dot products of some rows at a time (64 MB) and the 
 Numerics: docs/numerics.md. A coarse score chooses a winner only where the bound proves it, so results are bit equal to
 the reference whatever the arithmetic. certified=False takes the lowest coarse score.
 Determinism: the order of the list depends on the order of programs; each row is decided by itself, so results do not.
-Limits: all-equal codebooks send every row to compare, and there every tile to float64: right, and slow.
+Limits: all-equal codebooks send every row to compare, and there every codeword to float64: right, and slow.
 Nothing here has been timed on a GPU.
 """
 
@@ -30,8 +30,7 @@ from .tuning import config
 
 COMPARED_ROWS = 16  # a step of the compare kernel: the least that tl.dot takes
 COMPARED_CODES = 32
-PAIRS = 8  # survivors of one row in a tile, beyond which the whole tile is compared
-PROGRAMS = 1024  # of the compare kernel
+PROGRAMS = 2048  # of the compare kernel, one warp each
 MIN_PROGRAMS = 256  # of the coarse kernel, if the codebook can be split into that many
 SCAN_ROWS, SCAN_CODES = 32, 32
 SCAN_WORK = 1 << 16  # N K D of one head, up to which one launch is better than five
@@ -131,7 +130,7 @@ def _select_kernel(
 def _compare_kernel(
     z, codebook, coarse_z, coarse_codebook, half_norms, ratios, counts, listed, limits, indices, distances, N, PADDED_N,
     K, PADDED_K, D, PADDED_D, stride_k, stride_d, L2: tl.constexpr, COSINE: tl.constexpr, ROWS: tl.constexpr,
-    CODES: tl.constexpr, FEATURES: tl.constexpr, PAIRS: tl.constexpr, ARITHMETIC: tl.constexpr,
+    CODES: tl.constexpr, FEATURES: tl.constexpr, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     count = tl.load(counts + h)
@@ -143,7 +142,7 @@ def _compare_kernel(
         limit = tl.load(limits + h * N + slot, mask=inside, other=float("-inf"))[:, None]
         ratio = tl.load(ratios + h * PADDED_N + n)[:, None]
         best = tl.full([ROWS], float("inf"), tl.float64)
-        index = tl.full([ROWS], -1, tl.int64)
+        index = tl.full([ROWS], -1, tl.int32)
         for t in range(PADDED_K // CODES):
             start = tl.cast(t, tl.int64) * CODES
             dots = dots_of_rows(
@@ -152,26 +151,17 @@ def _compare_kernel(
             )  # fmt: skip
             half = tl.load(half_norms + h * PADDED_K + start + lanes)[None, :]
             survives = (half - ratio * dots <= limit) & (half < float("inf")) & inside[:, None]
-            most = tl.max(tl.sum(survives.to(tl.int32), 1), 0)
-            if most > PAIRS:
-                codes = start + lanes
-                values, _ = canonical_tile(z, codebook, h * N + n, h * K + codes, inside, codes < K, D, L2)
-                values = tl.where(survives, values, float("inf"))
-                lowest = tl.min(values, 1)
-                first = tl.min(tl.where(survives & (values == lowest[:, None]), lanes[None, :], CODES), 1)
-                index = tl.where(lowest < best, start + first, index)
-                best = tl.minimum(best, lowest)
-            else:
-                for pair in range(most):
-                    lane = tl.min(tl.where(survives, lanes[None, :], CODES), 1)
-                    valid = lane < CODES
-                    value = canonical_pairs(z, codebook, h * N + n, h * K + start + lane, valid, D, L2)
-                    value = tl.where(valid, value, float("inf"))
-                    index = tl.where(value < best, start + lane, index)
-                    best = tl.minimum(best, value)
-                    survives = survives & (lanes[None, :] != lane[:, None])
+            # in lockstep, each row its next survivor; usually one row has one
+            for _pair in range(tl.max(tl.sum(survives.to(tl.int32), 1), 0)):
+                lane = tl.min(tl.where(survives, lanes[None, :], CODES), 1)
+                valid = lane < CODES
+                value = canonical_pairs(z, codebook, h * N + n, h * K + start + lane, valid, D, L2)
+                value = tl.where(valid, value, float("inf"))
+                index = tl.where(value < best, t * CODES + lane, index)
+                best = tl.minimum(best, value)
+                survives = survives & (lanes[None, :] != lane[:, None])
         rows = h * N + n
-        tl.store(indices + rows, index, mask=inside)
+        tl.store(indices + rows, index.to(tl.int64), mask=inside)
         tl.store(distances + rows, _distance(best, index >= 0, COSINE).to(distances.dtype.element_ty), mask=inside)
 
 
@@ -267,7 +257,7 @@ def nearest_codeword(
     _compare_kernel[(programs, H)](
         z, codebook, coarse_z, coarse.coarse, coarse.half_norms, ratios, counts, listed, limits, indices, distances,
         N, padded_N, K, coarse.padded_K, D, coarse.padded_D, *coarse.strides, l2, cosine, COMPARED_ROWS, COMPARED_CODES,
-        min(features, 64), PAIRS, arithmetic, enable_fp_fusion=False,
+        min(features, 64), arithmetic, num_warps=1, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     return indices, distances
 

@@ -55,7 +55,7 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> Occupancy
     """For blocks of ``warps`` warps with ``registers`` a lane and ``shared`` bytes, static and dynamic together.
 
     NVIDIA: a processor has four partitions of 16384 registers; a warp takes its registers in steps of 256 from one
-    of them, blocks take warps in fours. Shared memory goes in steps of 128 bytes, 1 KB a block on top.
+    of them. Shared memory goes in steps of 128 bytes, 1 KB a block on top.
     AMD: a compute unit has four SIMDs with 512 vector registers a lane, in steps of 8, and 8 wavefronts; local memory
     goes in steps of 512 bytes. Scalar registers never limit CDNA 3.
     """
@@ -63,15 +63,13 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> Occupancy
     if target.startswith("sm_"):
         warps_of_registers = 4 * (16384 // _up(max(registers, 1) * 32, 256))
         taken = _up(shared + 1024, 128)
-        of_registers = warps_of_registers // _up(warps, 4)
     else:
         warps_of_registers = 4 * (512 // _up(max(registers, 1), 8))
         taken = _up(shared, 512)
-        of_registers = warps_of_registers // warps
     limits = {
         "warps": chip.warps // warps,
         "blocks": chip.blocks,
-        "registers": of_registers,
+        "registers": warps_of_registers // warps,
         "shared memory": chip.shared_processor // taken if taken else chip.blocks,
     }
     limit = min(limits, key=limits.get)

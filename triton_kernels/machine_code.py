@@ -19,10 +19,11 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class MachineCode:
-    """``spills``: instructions that go to thread-local memory (AMD: registers spilled). ``tensor``: the matrix
-    instruction within a loop, or ""; ``tensor_anywhere`` outside too. ``load``, ``store``: the widest global access in
-    bits, 0 for none. ``fences``: device-wide memory fences and cache invalidations. ``fp64``: instructions
-    that compute in float64. ``arithmetic``: the rate of the matrix instructions: "tf32", "half" or "fp32"."""
+    """``spills``: instructions that go to thread-local memory (AMD: vector registers spilled; scalar ones go to lanes
+    of vector registers instead). ``tensor``: the matrix instruction within a loop, or ""; ``tensor_anywhere`` outside
+    too. ``load``, ``store``: the widest global access in bits, 0 for none. ``fences``: device-wide memory fences and
+    cache invalidations. ``fp64``: instructions that compute in float64. ``arithmetic``: the rate of the matrix
+    instructions: "tf32", "half" or "fp32"."""
 
     registers: int
     stack: int
@@ -87,7 +88,7 @@ def _amd(assembly: str) -> MachineCode:
     return MachineCode(
         registers=number("vgpr_count"),
         stack=number("private_segment_fixed_size"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("vgpr_spill_count"),
         static_shared=number("group_segment_fixed_size"),
         tensor=_tensor(_within_loops(code, r"s_c?branch"), r"v_mfma|v_smfma"),
         tensor_anywhere=_tensor([op for _, op, _ in code], r"v_mfma|v_smfma"),

@@ -43,7 +43,8 @@ TENSOR = {
 SEARCHES = ("nearest_codeword", "residual_quantize")
 # operators that load less than 128 bits a lane, and why
 NARROW = {
-    "codebook_usage": "an index has 64 bits and the mask over N, which kernels are not specialised for, covers one"
+    "codebook_usage": "an index has 64 bits and the mask over N, which kernels are not specialised for, covers one",
+    "trie_topk": "a block's lanes share one short row of logits",
 }
 
 

@@ -44,7 +44,8 @@ class Launch:
         at_once = max(1, BATCH // self.threads)
         for first in range(0, len(blocks), at_once):
             batch = [block[::-1] for block in blocks[first : first + at_once]]
-            Threads(self, batch, first).run()
+            with np.errstate(all="ignore"):
+                Threads(self, batch, first).run()
 
 
 def storage_of(x: torch.Tensor) -> tuple[int, int]:

@@ -95,9 +95,6 @@ class Program:
         if operand.startswith("!"):
             positive = self.source(operand[1:], "pred")
             return lambda t: ~positive(t)
-        base, _, axis = operand.partition(".")
-        if base in SPECIAL or operand in ("%laneid", "%warpid", "%clock", "%clock64", "%globaltimer"):
-            return lambda t: t.special(base, axis).astype(raw).view(dtype)
         if self.kernel.register_type(operand):
 
             def read(t):
@@ -111,6 +108,9 @@ class Program:
                 return value.view(RAW[value.dtype.itemsize]).astype(raw).view(dtype)
 
             return read
+        base, _, axis = operand.partition(".")
+        if base in SPECIAL or operand in ("%laneid", "%warpid", "%clock", "%clock64", "%globaltimer"):
+            return lambda t: t.special(base, axis).astype(raw).view(dtype)
         number = self._number(operand)
         if type_ == "pred":
             return lambda t: t.constant(bool(number), dtype)

@@ -88,7 +88,8 @@ def narrow(x: np.ndarray, target: str, mode: str = "rn") -> np.ndarray:
             x = _to_odd(f, x - f.astype(np.float64))
         return f32_to_bf16(x, mode)
     dtype = kind(target)[1]
-    y = x.astype(dtype)
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
     if mode == "rn" or y.dtype.itemsize >= x.dtype.itemsize:
         return y
     wide = y.astype(x.dtype)
@@ -114,12 +115,10 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         big = np.maximum(np.maximum(np.abs(a), np.abs(b)), np.abs(c))
         odd = ~((np.abs(p) > 1e-200) & (np.abs(p) < 1e300) & (big < 1e290) & (np.abs(out) > 1e-200))
         odd &= ~((a == 0) | (b == 0)) | ~np.isfinite(big)
-    if odd.any():
-        out = np.where((a == 0) | (b == 0), c + 0.0 * p, out) if not odd.all() else out.copy()
-        for i in np.flatnonzero(odd):
-            out[i] = _libm().fma(a[i], b[i], c[i])
-        return out
-    return np.where((a == 0) | (b == 0), p + c, out)
+        out = np.where((a == 0) | (b == 0), p + c, out)
+    for i in np.flatnonzero(odd):
+        out[i] = _libm().fma(a[i], b[i], c[i])
+    return out
 
 
 @cache

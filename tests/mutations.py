@@ -34,6 +34,7 @@ OPTIONS, FORMULAS, OPTIONS_BESIDE = (
     f"tests/test_layers_options{name}.py" for name in ("", "_formulas", "_differential")
 )
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
+DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
@@ -56,6 +57,14 @@ MUTATIONS = {
         CANONICAL, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
     "kernel: no error bound": (
         SEARCH, r"static_cast<float>\(2 \* eps\) : 0\.0f", "0.0f : 0.0f", KERNEL),
+    "kernel: bytes lose their error bound": (
+        "csrc/include/vqk/error_bound.h", r"const double lost = z_error \* c_row \+", "const double lost = 0 * z_error + 0 *", DRIVER),
+    "kernel: bytes trust a float32 score too far": (
+        BYTES, r"\* row\.ticks \+ row\.eps;", "* row.ticks;", DRIVER),
+    "kernel: the offset of bytes is not taken back": (
+        BYTES, r"-128 \* static", "-127 * static", DRIVER),
+    "kernel: bytes forget the last codeword": (
+        BYTES, r"k < first \+ step && k < cb\.K;", "k < first + step && k < cb.K - 1;", DRIVER),
     "kernel: integers lose their error bound": (
         "csrc/include/vqk/error_bound.h", r"const double lost = z_error \* c_norm \+", "const double lost = 0 * z_error + 0 *", KERNEL),
     "kernel: integers lose the last feature": (

@@ -73,10 +73,11 @@ def test_distributions_against_reference(kind, metric):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("metric", [0, 1, 2])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 1e4])
-def test_closer_than_integers_can_tell(dtype, metric, offset):
-    """Rows between two codewords, nearer to one by far less than 16-bit coarse scores resolve; far from the origin,
-    where they resolve nothing, the fp32 pass must take over."""
-    N, K, D = 3000, 160, 33
+@pytest.mark.parametrize("K", [160, 1100])
+def test_closer_than_integers_can_tell(dtype, metric, offset, K):
+    """Rows between two codewords, nearer to one by far less than coarse scores resolve, in 16 bits or (K = 1100) in
+    bytes; far from the origin, where they resolve nothing, the fp32 pass must take over."""
+    N, D = 3000, 33
     c = draw("gaussian", 1, K, D, seed=5) + offset
     first, second = torch.randint(K, (2, N), generator=torch.Generator().manual_seed(6))
     tilt = torch.linspace(-1e-4, 1e-4, N).unsqueeze(-1)

@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel on every chip, without a GPU.
 
-    python -m vqkernels.triton_kernels.report [--out docs/triton-report.md] [--op NAME] [--target CHIP]
+    python -m vqkernels.triton_kernels.report [--out docs/triton-report.md] [--op NAME] [--target CHIP] [--dtype TYPE]
 
 Calls the ordinary launchers at the sizes of workloads.py for all chips of offline.TARGETS and reads the machine code.
 ``faults`` is the gate: no spills, no stack frame, shared memory within the chip, matrix instructions in the loops of
@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 import triton
 
-from ..registry import SPECS
+from ..registry import DTYPES, SPECS
 from . import launcher
 from .chips import CHIPS, occupancy, roofline
 from .machine_code import MachineCode, machine_code
@@ -166,8 +167,10 @@ def _name(row: Row) -> str:
 
 HEAD = """# Triton kernels as compiled
 
-What the compiler of triton {triton} makes of every kernel at a few real sizes. Written by
-`python -m vqkernels.triton_kernels.report --out docs/triton-report.md` on a machine without a GPU.
+What the compiler of triton {triton} makes of the kernels at a few real sizes, written on a machine without a GPU by
+
+    python -m vqkernels.triton_kernels.report {arguments}
+
 `tests/test_triton_report.py` fails where a kernel spills, has a stack frame, asks for more shared memory than the chip
 has, loses its matrix instruction or its 128-bit loads, or fences the whole device.
 
@@ -182,9 +185,9 @@ peaks of the card named. No launch can be faster; how much slower it is, only th
 """
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Row], arguments: str) -> str:
     """The document: a table for each chip, and the verdict."""
-    parts = [HEAD.format(triton=triton.__version__)]
+    parts = [HEAD.format(triton=triton.__version__, arguments=arguments)]
     rows = sorted(rows, key=lambda row: list(TARGETS).index(row.target))
     for target, group in itertools.groupby(rows, lambda row: row.target):
         chip = CHIPS[target]
@@ -229,18 +232,24 @@ def _table(rows: list[Row]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    types = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser = argparse.ArgumentParser(
         prog="python -m vqkernels.triton_kernels.report", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, help="write the tables there; without it, to standard output")
     parser.add_argument("--op", action="append", choices=names(), help="only this operator (repeatable)")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this chip (repeatable)")
+    parser.add_argument(
+        "--dtype", action="append", choices=types, help="only this type (repeatable); int64 is always there"
+    )
     chosen = parser.parse_args(arguments)
     jobs = [
         (target, op, dtype)
         for target in chosen.target or TARGETS
         for op in chosen.op or names()
         for dtype in SPECS[op].dtypes
+        if not chosen.dtype or str(dtype).removeprefix("torch.") in (*chosen.dtype, "int64")
     ]
 
     def progress(done: int, total: int) -> None:
@@ -248,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\r{done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     rows = collect(jobs, progress=progress)
-    text = markdown(rows)
+    text = markdown(rows, shlex.join(arguments))
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(text)

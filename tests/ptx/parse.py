@@ -118,7 +118,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
 
 def _body(kernel: Kernel, body: str, line: int) -> None:
     body = re.sub(r"(?m)^\s*\.(loc|file|pragma|section)\b.*$", "", body)
-    body = re.sub(r"(?m)^(\s*)([\w$]+):(?!:)", r"\1.label \2;", body)
+    body = re.sub(r"(?m)(^|;)(\s*)([\w$]+):(?!:)", r"\1\2.label \3;", body)
     position = 0
     for match in _STATEMENT.finditer(body):
         statement = " ".join(match[0].rstrip(";").split())

@@ -16,7 +16,7 @@ import numpy as np
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _FLOAT = {2: np.float16, 4: np.float32, 8: np.float64}
-_NO_NUMPY_TYPE = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "tf32": 4, "f8": 1}
+_NO_NUMPY_TYPE = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "tf32": 4}
 
 
 class PtxError(RuntimeError):

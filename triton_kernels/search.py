@@ -259,8 +259,8 @@ def _prepare_rows_kernel(
         PADDED_D, BLOCK, ARITHMETIC,
     )  # fmt: skip
     ratio, margin = row_margin(
-        PADDED_D, z_exponent, largest, squares, lost, tl.load(head_largest + h), tl.load(c_norms + h), tl.load(c_errors + h),
-        L2, ARITHMETIC,
+        PADDED_D, z_exponent, largest, squares, lost, tl.load(head_largest + h), tl.load(c_norms + h),
+        tl.load(c_errors + h), L2, ARITHMETIC,
     )  # fmt: skip
     tl.store(ratios + h * PADDED_N + n, ratio, mask=padded)
     tl.store(margins + h * PADDED_N + n, tl.where(usable, margin, -1.0), mask=padded)

@@ -24,6 +24,7 @@ LFQ, LFQ_BESIDE = "tests/test_layers_lfq.py", "tests/test_layers_lfq_differentia
 LFQ_RELATIVES = "tests/test_layers_lfq_relatives.py"
 CODEBOOK, LAYERS = "tests/test_codebook.py", "tests/test_layers.py"
 PROCESSES = "tests/test_layers_distributed.py"
+MAPPED, VMAP = "vqkernels/reference/vmap.py", "tests/test_layers_vmap.py"
 RVQ, RESIDUAL, GROUPED = (
     "vqkernels/layers/residual_vq.py",
     "tests/test_layers_residual.py",
@@ -36,6 +37,7 @@ OPTIONS, FORMULAS, OPTIONS_BESIDE = (
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
+TUNING, REPORT = "tests/test_tuning.py", "tests/test_triton_report.py"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
         "vqkernels/ops/rotation_trick.py", r"ctx\.estimator = estimator", "ctx.estimator = 0", GRADIENTS),
@@ -266,12 +268,40 @@ MUTATIONS = {
         "vqkernels/layers/codebook.py", r"if not self\.threshold_ema_dead_code or not self\.training:", "if not self.threshold_ema_dead_code or not self.training or z.shape[1] == 0:", PROCESSES),
     "engine: the compiler may undo the copy of the codebook": (
         "vqkernels/layers/codebook.py", r"_opaque_copy\(t\) if torch\.compiler\.is_compiling\(\) else t\.clone\(\)", "t.clone()", "tests/test_layers_engine.py"),
+    "vmap: the rows of different elements change places": (
+        MAPPED, r"t\.unflatten\(1, \(self\.size, rows\)\)\.transpose\(0, 1\)", "t.unflatten(1, (rows, self.size)).movedim(2, 0)", VMAP),
+    "vmap: the losses of all elements have one scale": (
+        MAPPED, r"scale\[:, level, None, None, None\]", "scale[:1, level, None, None, None]", VMAP),
+    "vmap: one mean of the losses for all elements": (
+        MAPPED, r"count = valid\.sum\(\(1, 2\)\)", "count = valid.sum((1, 2)).clamp(max=1)", VMAP),
+    "vmap: the layer keeps indices of the inside": (
+        "vqkernels/layers/usage.py", r" and \(indices is None or not transformed\(indices\)\)", "", VMAP),
+    "projection: a NaN row reaches the weights": (
+        "vqkernels/layers/tokens.py", r"torch\.where\(lost, 0\.0, x\.detach\(\)\)", "x.detach()", "tests/test_layers_hostile_rows.py"),
+    "projection: infinity gets a code": (
+        "vqkernels/layers/tokens.py", r"\(x @ x\.new_full\(x\.shape\[-1:\], _TINY\)\) \* 0\.0", "x.sum(-1).nan_to_num() * 0.0", "tests/test_layers_hostile_rows.py"),
+    "dropout: of scalars also without gradients": (
+        "vqkernels/layers/residual_fsq.py", r"quantize_dropout_without_gradients = False", "quantize_dropout_without_gradients = True", FSQ),
     "migration: weight norms are not folded": (
         "vqkernels/layers/migration.py", r"torch\._weight_norm\(", "(lambda direction, *_: direction)(", "tests/test_migration.py"),
     "migration: the optimizer's state is shared": (
         "vqkernels/layers/migration.py", r"state = copy\.deepcopy\(", "state = dict(", "tests/test_migration.py"),
     "migration: DAC without the share of samples left out": (
         "vqkernels/layers/factorized_residual_vq.py", r"loss \* mask\.to\(loss\.dtype\)\.mean\(\)", "loss", "tests/test_migration.py"),
+    "tuning: the chip's table goes before the user's": (
+        "triton_kernels/tuning.py", r"tables = \[measured, chip, \*tables\]", "tables = [chip, measured, *tables]", TUNING),
+    "tuning: another card's measurements are taken": (
+        "triton_kernels/tuning.py", r"load\(\)\.get\(card\(device\), \{\}\)", "next(iter(load().values()), {})", TUNING),
+    "tune: a config that answers otherwise may win": (
+        "vqkernels/cli/tune.py", r"if _same\(spec, got, want\):", "if True:", TUNING),
+    "report: spills pass": (
+        "triton_kernels/report.py", r"if code\.spills:", "if False:", REPORT),
+    "report: fences pass": (
+        "triton_kernels/report.py", r"if code\.fences:", "if False:", REPORT),
+    "report: a matrix instruction anywhere will do": (
+        "triton_kernels/report.py", r"re\.match\(TENSOR\[row\.target\], r\.code\.tensor\)", "True", REPORT),
+    "report: warps take registers one by one": (
+        "triton_kernels/chips.py", r"_up\(max\(registers, 1\) \* 32, 256\)", "(max(registers, 1) * 32)", REPORT),
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import importlib
 import os
 
+import torch
+
 
 def launcher(name: str):
     """The launcher of an operator has its name and is in the module of that name; a backward is in its forward's."""
@@ -12,7 +14,11 @@ def launcher(name: str):
 def register(lib, names) -> None:
     """Registers the ``.triton`` overloads of the operators ``names`` (called once by vqkernels.registry where Triton
     can run)."""
-    devices = ["CUDA", "CPU"] if os.environ.get("TRITON_INTERPRET") == "1" else ["CUDA"]
+    from .inductor import SEEN_THROUGH, see_through
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for name in names:
-        for device in devices:
+        for device in ["CUDA", "CPU"] if interpreted else ["CUDA"]:
             lib.impl(f"{name}.triton", launcher(name), device)
+        if name in SEEN_THROUGH and not interpreted:
+            see_through(lib, getattr(getattr(torch.ops, lib.ns), name).triton, launcher(name))

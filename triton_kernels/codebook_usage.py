@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .inductor import visible
 from .tuning import config
 
 MAX_BINS = 2048  # of a histogram
@@ -55,5 +56,5 @@ def codebook_usage(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
         bins = max(32, triton.next_power_of_2(codebook_size)) if codebook_size <= MAX_BINS else 1
         tuned = config("codebook_usage", f"K{bins}")
         stripes = triton.cdiv(N, tuned["BLOCK"] * tuned["BLOCKS"])
-        _codebook_usage_kernel[S * stripes,](indices, counts, N, stripes, codebook_size, bins, **tuned)
+        visible(_codebook_usage_kernel)[S * stripes,](indices, counts, N, stripes, codebook_size, bins, **tuned)
     return counts

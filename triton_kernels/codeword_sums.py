@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .inductor import visible
 from .tuning import config
 
 PIECE = 256  # rows of one codeword that one program adds
@@ -111,9 +112,11 @@ def codeword_sums(z: torch.Tensor, indices: torch.Tensor, codebook_size: int) ->
         partials = torch.empty(2 * places, D, dtype=torch.float64, device=z.device)
         block = min(MAX_BLOCK, triton.next_power_of_2(D))
         columns, tuned = triton.cdiv(D, block), config("codeword_sums", f"D{block}")
-        _piece_kernel[programs, columns](
+        visible(_piece_kernel)[programs, columns](
             z, order, offsets, first, owner, sums, partials, HK, D, PIECE, LANES, block, **tuned
         )
         if H * N > PIECE:
-            _combine_kernel[places, columns](code, offsets, sums, partials, HK, D, PIECE, LANES, block, **tuned)
+            visible(_combine_kernel)[places, columns](
+                code, offsets, sums, partials, HK, D, PIECE, LANES, block, **tuned
+            )
     return sums, counts.view(H, codebook_size)

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .inductor import visible
 from .tuning import config
 
 STE, ROTATION = 0, 1
@@ -116,7 +117,7 @@ def rotation_trick_backward(z: torch.Tensor, q: torch.Tensor, grad: torch.Tensor
     rows = max(1, tile["ELEMENTS"] // block)
     warps = tile["num_warps"] * max(1, block // tile["ELEMENTS"])  # a long row takes more threads, not more registers
     sign = 1 if estimator == ROTATION else -1
-    _rotation_trick_backward_kernel[(triton.cdiv(N, rows),)](
+    visible(_rotation_trick_backward_kernel)[(triton.cdiv(N, rows),)](
         z, q, grad, dz, N, D, sign, D <= block, rows, block, num_warps=warps, enable_fp_fusion=True
     )
     return dz

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .exponential import exp_negative
+from .inductor import visible
 from .tuning import config
 
 MAX_K = 1024  # beams whose candidates are sorted in registers
@@ -207,10 +208,10 @@ def trie_topk(
         if dtype == torch.float32 and k <= MAX_K and W * V < 2**32:
             keep = max(16, triton.next_power_of_2(k))
             lists = torch.empty(B * W, keep, dtype=torch.int64, device=logits.device)
-            _beam_kernel[B * W,](logits, scores, states, *trie[:2], lists, W, V, S, block, keep, **tuned)
-            _merge_kernel[B,](lists, states, *trie, *out, W, V, k, keep, **tuned)
+            visible(_beam_kernel)[B * W,](logits, scores, states, *trie[:2], lists, W, V, S, block, keep, **tuned)
+            visible(_merge_kernel)[B,](lists, states, *trie, *out, W, V, k, keep, **tuned)
         else:
             normalisers = torch.empty(B * W, 2, dtype=dtype, device=logits.device)
-            _normaliser_kernel[B * W,](logits, normalisers, V, block, **tuned)
-            _pass_kernel[B,](logits, normalisers, scores, states, *trie, *out, W, V, S, k, block, **tuned)
+            visible(_normaliser_kernel)[B * W,](logits, normalisers, V, block, **tuned)
+            visible(_pass_kernel)[B,](logits, normalisers, scores, states, *trie, *out, W, V, S, k, block, **tuned)
     return tuple(out)

@@ -31,7 +31,7 @@ def codebook_usage(indices: Tensor, codebook_size: int, *, dim: int | None = Non
             own, ``counts`` ``[size of dim, K]``. Default: one histogram over everything, ``counts`` ``[K]``.
 
     Raises:
-        RuntimeError: an index >= codebook_size (compiled CUDA kernels skip it instead of synchronising).
+        RuntimeError: an index >= codebook_size (CUDA and Triton kernels skip it instead of synchronising).
     """
     op = "codebook_usage"
     checks.integer(op, "indices", indices)

@@ -21,7 +21,7 @@ def codeword_sums(z: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tenso
         ``[K]`` (``[H, K]``).
 
     Raises:
-        RuntimeError: an index >= codebook_size.
+        RuntimeError: an index >= codebook_size (on a GPU Triton kernels skip it instead of synchronising).
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
     op = "codeword_sums"

@@ -64,8 +64,8 @@ _SAFE_EXPONENT: tl.constexpr = tl.constexpr(400)  # of float64 values whose squa
 def _normalize_rows(x, out, rows, inside, D, BLOCK: tl.constexpr):
     """search.normalize for the rows of one program."""
     total = tl.zeros(rows.shape, dtype=tl.float64)
-    for d in range(D):
-        v = tl.load(x + rows * D + d, mask=inside, other=0.0).to(tl.float64)
+    for i in range(D):
+        v = tl.load(x + rows * D + i, mask=inside, other=0.0).to(tl.float64)
         total += v * v
     norm = tl.sqrt(total)
     for start in range(0, D, BLOCK):
@@ -145,8 +145,8 @@ def _residual_quantize_kernel(
         )  # fmt: skip
         c_largest = tl.load(largest + book)
         ratio, margin = row_margin(
-            D, row_exponent, magnitude, norm2, lost2, c_largest, tl.load(norms + book), tl.load(errors + book), L2,
-            ARITHMETIC,
+            PADDED_D, row_exponent, magnitude, norm2, lost2, c_largest, tl.load(norms + book), tl.load(errors + book),
+            L2, ARITHMETIC,
         )  # fmt: skip
         if x.dtype.element_ty == tl.float64:
             outer = tl.maximum(tl.abs(row_exponent), tl.abs(exponent(c_largest + 0.0 * magnitude)))
@@ -320,9 +320,7 @@ def residual_quantize(z: torch.Tensor, codebooks: list[torch.Tensor], mask: torc
     H, N, D = z.shape
     levels, device = len(codebooks), z.device
     if D > MAX_FEATURES:
-        raise ValueError(
-            f"residual_quantize: z has {D} features; its Triton kernel takes at most {MAX_FEATURES}"
-        )
+        raise ValueError(f"residual_quantize: z has {D} features; its Triton kernel takes at most {MAX_FEATURES}")
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     indices = torch.empty(H, N, levels, dtype=torch.int64, device=device)
     quantized = torch.empty_like(z)

@@ -26,8 +26,7 @@ namespace {
 
 constexpr int64_t kChunk = 96;             // codewords per preparation task: whole panels at every level
 constexpr int64_t kPanelCodewords = 192;  // the same for bytes
-constexpr double kLargestByte = 63;        // see nearest_codeword_bytes.h
-constexpr double kByteLength = 181;        // of a chunk of a codeword, about: as much is left for the row's
+constexpr double kByteLength = 181;        // of a chunk of 64 features, about: as much is left for the row's
 
 // Codewords behind one folded lane: few enough that comparing them canonically costs little beside
 // the coarse pass, enough that filtering the minima does (docs/numerics.md).
@@ -127,7 +126,7 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
       cb.code_scales = static_cast<float*>(allocate(cb.panels_count * width * 4));
       cb.integers_fail = &fail_[2 * i];
     }
-    wanted[i] = kernel.byte_width && use_bytes(cb.K, D, rows, dtype);
+    wanted[i] = kernel.bytes.width && use_bytes(cb.K, D, rows, dtype);
     cb.bytes_fail = &fail_[2 * i + 1];
     for (int64_t first = 0; first < cb.K; first += kChunk) tasks.push_back({i, first, std::min(first + kChunk, cb.K)});
   }
@@ -178,7 +177,8 @@ void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<c
     ByteLengths lengths{};
   };
   std::vector<Task> tasks;
-  const int64_t width = kernel.byte_width;
+  const ByteFormat& format = kernel.bytes;
+  const int64_t width = format.width;
   for (size_t i = 0; i < codebooks_.size(); ++i) {
     Codebook& cb = codebooks_[i];
     if (!wanted[i] || cb.finite != cb.K || cb.scale != 1) continue;
@@ -201,15 +201,18 @@ void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<c
     ByteLengths most{};
     for (; t < tasks.size() && tasks[t].cb == &cb; ++t) most = largest(most, tasks[t].lengths);
     cb.byte_row = most.row * (1 + 0x1p-20);
-    cb.byte_unit = static_cast<float>(std::max(most.peak / kLargestByte, most.chunk / kByteLength) * (1 + 0x1p-20));
+    // sums in 16 bits leave a chunk's length to be shared between row and codeword
+    const double length = format.chunk == 64 ? most.chunk / kByteLength : 0.0;
+    cb.byte_unit = static_cast<float>(std::max(most.peak / format.largest, length) * (1 + 0x1p-20));
     if (!(cb.byte_unit > 0x1p-60 && cb.byte_unit < 0x1p60)) continue;  // all equal, or far out
     cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / 32766 : 0.0;
     cb.byte_group = choose_byte_group(cb.K, cb.D);
-    const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, int64_t{64});
+    const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, format.chunk);
+    const int64_t steps = ceil_div(cb.D, format.features);
     auto allocate = [&](size_t bytes) { return static_cast<void*>(memory_.emplace_back(bytes).get()); };
-    cb.starts8 = static_cast<int16_t*>(allocate(panels * width * chunks * 2));
+    cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
     cb.half_norms8 = static_cast<int16_t*>(allocate(panels * width * 2));
-    cb.panels8 = static_cast<int8_t*>(allocate(panels * width * (cb.D + 1) / 2 * 2));
+    cb.panels8 = static_cast<int8_t*>(allocate(panels * width * steps * format.features));
   }
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
     Task& task = tasks[t];
@@ -221,6 +224,10 @@ void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<c
       if (task.cb == &cb) most = largest(most, task.lengths);
     cb.byte_error = most.row * (1 + 0x1p-20);
     cb.byte_length = std::max(most.chunk, 1.0);
+    // one bit for each doubling of chunks; of sums in 32 bits what rows of 60 a feature leave above 16
+    const double sums = format.chunk == 64 ? static_cast<double>(ceil_div(cb.D, format.chunk))
+                                           : cb.byte_length * 60 * std::sqrt(static_cast<double>(cb.D)) / 32768;
+    while (std::ldexp(1.0, cb.byte_shift) < sums) ++cb.byte_shift;
   }
 }
 

@@ -28,7 +28,7 @@ struct Codebook {
   const int16_t* panels16;  // [panels][ceil(D/2)][width][2]: rows as integers, or null
   const float* code_scales; // [panels][width]: row = code_scale * integers, nearly
   const int8_t* panels8;    // rows - mean in bytes, or null: nearest_codeword_bytes.h has the layout of these four
-  const int16_t* starts8;
+  const void* starts8;
   const int16_t* half_norms8;  // in half_norm_unit
   const float* mean;           // [D]
   bool *integers_fail, *bytes_fail;  // set when they leave too many candidates
@@ -39,6 +39,7 @@ struct Codebook {
   double byte_unit, half_norm_unit;
   double byte_row, byte_error;  // the largest |row - mean|, and |row - mean - byte_unit * bytes|
   double byte_length;           // the largest length of a chunk's bytes
+  int byte_shift;               // bits that sums of products are shifted by
   int byte_group;               // panels of bytes whose scores are folded into one vector
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
@@ -52,11 +53,18 @@ struct ByteLengths {
   double row, chunk, peak;  // the longest row; the longest chunk of one; the largest magnitude
 };
 
+// How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
+// largest; sums of products over `chunk` features.
+struct ByteFormat {
+  int width, features, largest;
+  int64_t chunk;
+};
+
 // One SIMD level's functions; see nearest_codeword_kernel.h.
 struct SearchKernel {
   int lanes, tile_rows;  // floats in a vector; rows of z in a register tile
   bool integers;         // has the coarse pass in 16-bit integers
-  int byte_width;        // codewords in a panel of bytes, or 0: no coarse pass in bytes
+  ByteFormat bytes;      // width 0: no coarse pass in bytes
   // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
   void (*convert)(const void* from, DType dtype, int64_t count, void* to);
   void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);

@@ -5,7 +5,8 @@
 //                     2 + 12 loads      2 per cycle                          7 cycles
 //
 // With VQK_VNNI (nearest_codeword_vnni.cpp) the coarse pass may be in integers: 24 vpdpwssd take two features where 24
-// vfmadd231ps take one. Without VNNI it takes a vpmaddwd and a vpaddd on the same two ports: no gain, so fp32 stays.
+// vfmadd231ps take one, 24 vpdpbusd four. Without VNNI it takes a vpmaddwd and a vpaddd on the same two ports: no
+// gain, so fp32 stays.
 //
 // VQK_EMULATE_AVX512 compiles the same logic as 64-byte vectors that the compiler lowers to AVX2: the
 // tests run it on machines without AVX-512.
@@ -51,12 +52,32 @@
 #define VQK_MADD(x, c, sum) ((IntVec)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(c)))
 #define VQK_TO_FLOAT(x) _mm512_cvtepi32_ps((__m512i)(x))
 #endif
+
+#define VQK_BYTES
+#define VQK_QUADS
+#if defined(VQK_EMULATE_AVX512)
+#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
+#define VQK_MULHRS(a, b) ((Shorts)lanes16<Mulhrs>((Sixteens)(a), (Sixteens)(b)))
+#define VQK_SUBS(a, b) ((Shorts)lanes16<Subs>((Sixteens)(a), (Sixteens)(b)))
+#define VQK_MIN16(a, b) ((Shorts)lanes16<Min>((Sixteens)(a), (Sixteens)(b)))
+#define VQK_PACK16(a, b) ((Shorts)pack16(a, b))
+#define VQK_LOWEST16(x) lowest16((Sixteens)(x))
+#define VQK_NONZERO16(x) nonzero16((Sixteens)(x))
+#else
+#define VQK_DOT_BYTES(x, c, sum) ((IntVec)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(c)))
+#define VQK_MULHRS(a, b) ((Shorts)_mm512_mulhrs_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_SUBS(a, b) ((Shorts)_mm512_subs_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_MIN16(a, b) ((Shorts)_mm512_min_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_PACK16(a, b) ((Shorts)_mm512_packs_epi32((__m512i)(a), (__m512i)(b)))
+#define VQK_LOWEST16(x) lowest16((__m512i)(x))
+#define VQK_NONZERO16(x) _mm512_test_epi16_mask((__m512i)(x), (__m512i)(x))
+#endif
 #endif
 
 namespace vqk::cpu {
 namespace {
 #ifdef VQK_VNNI
-inline uint32_t load_pair(const int16_t* p) {
+inline uint32_t load_pair(const void* p) {
   uint32_t pair;
   __builtin_memcpy(&pair, p, 4);
   return pair;
@@ -70,6 +91,45 @@ inline SignedVec low16(const Bits& x) {
 template <class Bits>
 inline SignedVec high16(const Bits& x) {
   return (SignedVec)x >> 16;
+}
+typedef int16_t Sixteens __attribute__((vector_size(64)));
+template <class Bits>
+inline Bits dot_bytes(const Bits& x, const Bits& c, Bits sum) {
+  for (int f = 0; f < 4; ++f) sum += (Bits)((SignedVec)(x >> 8 * f & 255) * ((SignedVec)(c << (24 - 8 * f)) >> 24));
+  return sum;
+}
+inline int saturated16(int x) { return x < -32768 ? -32768 : x > 32767 ? 32767 : x; }
+struct Mulhrs { static int of(int a, int b) { return (a * b + 0x4000) >> 15; } };
+struct Subs { static int of(int a, int b) { return saturated16(a - b); } };
+struct Min { static int of(int a, int b) { return a < b ? a : b; } };
+template <class Operation>
+inline Sixteens lanes16(const Sixteens& a, const Sixteens& b) {
+  Sixteens out;
+  for (int i = 0; i < 32; ++i) out[i] = static_cast<int16_t>(Operation::of(a[i], b[i]));
+  return out;
+}
+inline Sixteens pack16(const SignedVec& a, const SignedVec& b) {
+  Sixteens out;
+  for (int i = 0; i < 32; ++i)
+    out[i] = static_cast<int16_t>(saturated16(i % 8 < 4 ? a[i / 8 * 4 + i % 4] : b[i / 8 * 4 + i % 4]));
+  return out;
+}
+inline int16_t lowest16(const Sixteens& x) {
+  int16_t lowest = x[0];
+  for (int i = 1; i < 32; ++i) lowest = x[i] < lowest ? x[i] : lowest;
+  return lowest;
+}
+inline unsigned nonzero16(const Sixteens& x) {
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(x[i] != 0) << i;
+  return bits;
+}
+#else
+inline int16_t lowest16(__m512i x) {
+  const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
+  const __m256i y = _mm256_min_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  return static_cast<int16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, flip))) ^ 0x8000);
 }
 #endif
 #endif
@@ -85,10 +145,10 @@ inline unsigned nonzero(const Mask& m) {
 }  // namespace
 
 #ifdef VQK_VNNI
-extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, 0, convert, normalize, pack, search, scan,
-                                         scratch_bytes, nullptr, nullptr};
+extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, pack, search,
+                                         scan, scratch_bytes, byte_lengths, pack_bytes};
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, 0, convert, normalize, pack, search, scan,
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, {}, convert, normalize, pack, search, scan,
                                          scratch_bytes, nullptr, nullptr};
 #endif
 }  // namespace vqk::cpu

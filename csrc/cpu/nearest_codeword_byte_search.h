@@ -16,7 +16,7 @@ template <bool L2>
 static int search_bytes(const Codebook& cb, const float* z, const bool* skip, int n, const Scratch& s, int64_t* index,
                         double* value) {
   const int64_t D = cb.D, chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
-  const double tick = cb.byte_unit * (1 << chunk_shift(chunks));
+  const double tick = cb.byte_unit * (1 << cb.byte_shift);
   const ByteLimits limits = byte_limits(cb, tick);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(s.integers);
   float slack[kMaxRows];  // 2 eps of fp32 scores
@@ -42,9 +42,9 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
     row.slack = static_cast<int16_t>(ticks);
     row.count = 0;
     row.z = z + i * D;
-    // Centred scores differ from others by the same for all codewords, known to 2^-17 of its largest part.
+    // Centred scores differ from others by the same for all codewords, known to 2^-15 of its largest part.
     row.shift = L2 ? 0.5 * (squares - scale.row * scale.row) : dot_with_mean(cb, row.z);
-    row.eps = (eps + 2 * eps32 + 0x1p-17 * scale.row * (L2 ? scale.row : cb.byte_row)) * row.ticks +
+    row.eps = (eps + 2 * eps32 + 0x1p-15 * scale.row * (L2 ? scale.row : cb.byte_row)) * row.ticks +
               static_cast<double>(chunks) + 4;
     slack[i] = cb.certified ? static_cast<float>(2 * eps32) : 0.0f;
     const double factor = __builtin_rint(cb.half_norm_unit * row.ticks * 32768);

@@ -1,34 +1,51 @@
 // The coarse pass in 8-bit integers, before the ones in 16 bits and floats. Part of nearest_codeword_kernel.h at
 // levels that define VQK_BYTES; a Shorts vector holds 2 * VQK_LANES int16:
-//   VQK_PAIR(p)               two bytes, twice, at p in every 32-bit lane
+//   VQK_PAIR(p)               the 4 bytes at p in every 32-bit lane
 //   VQK_MADD_BYTES(x, c)      x.lo * c.lo + x.hi * c.hi of unsigned x and signed c in every int16, saturated
 //   VQK_MULHRS(a, b)          a * b / 2^15, rounded          VQK_SUBS(a, b)   a - b, saturated
 //   VQK_MIN16, VQK_LOWEST16   minimum of lanes, over lanes   VQK_NONZERO16(x) bit i = lane i of x is not 0
+// or, with VQK_QUADS, instead of VQK_MADD_BYTES
+//   VQK_DOT_BYTES(x, c, sum)  sum + the 4 products of unsigned x and signed c in every 32-bit lane
+//   VQK_PACK16(a, b)          int32 lanes as int16, saturated: four of a, four of b, in turn
 //
 // A vector of bytes takes four times as many features as one of floats, and sums stay in 16 bits: a multiply-add and an
-// addition per 2 * VQK_LANES * 2 products, so up to three times the fp32 peak with AVX2.
+// addition per 2 * VQK_LANES * 2 products, so up to three times the fp32 peak with AVX2. In quads (VNNI) it is one
+// instruction per VQK_LANES * 4 products, summed in 32 bits: four times.
 //
 // Rows and codewords are moved to the codebook's mean (l2: both, dot and cosine: the codewords), which changes no
 // comparison, then rounded to multiples of a row's unit a and the codebook's unit b: z = a n + e, c = b m + f. The
-// units are as small as these allow, for every chunk of kChunkFeatures features:
-//   |n_d| <= 127 (stored as n_d + 128), |m_d| <= 63: no pair of products saturates: 2 * 255 * 63 < 2^15
+// units are as small as these allow, for every chunk of kChunkFeatures features (quads: for all features):
+//   |n_d| <= 127 (stored as n_d + 128), |m_d| <= 63: no pair of products saturates: 2 * 255 * 63 < 2^15 (quads: 127)
 //   |n| |m| < 2^15 - 8: a chunk's sum of products fits 16 bits (Cauchy-Schwarz), whatever its partial sums wrapped to
+//   (quads: 2^shift times that, for a shift that leaves ordinary rows alone)
 // What rounding lost, |e| and |f|, is measured, not assumed. Chunks add up after a shift that keeps their sum in 16
 // bits, and |c|^2 / 2 joins in the same unit, so that a score is an int16 and a vector of minima holds 2 * VQK_LANES:
 //
 //        panel of codewords [D/2][4 * VQK_LANES][2]     rows of a tile [D/2][VQK_ROWS][2][2]
 //          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 z0 z0 | z1 z1 z1 z1 | ...
+//        quads: [D/4][2 * VQK_LANES][4]                 [D/4][VQK_ROWS][4]
 //
 // The bound is about 3 % of |z||c|. Once one fp32 score is known nothing further than a bound above it can win: a few
 // to a few tens of codewords a row are scored in fp32 one by one, and what is left within that bound is compared
 // canonically. Rows with too many candidates take the next coarse pass.
 
-constexpr int kByteLanes = 2 * kLanes, kByteWidth = 2 * kByteLanes;
-constexpr int64_t kChunkFeatures = 64, kMostByteFeatures = 1024;
+constexpr int kByteLanes = 2 * kLanes;
+constexpr int64_t kMostByteFeatures = 1024;
+#ifdef VQK_QUADS
+constexpr int kStepFeatures = 4, kByteWidth = kByteLanes, kLargestByte = 127;
+constexpr int64_t kChunkFeatures = kMostByteFeatures;  // one chunk
+typedef int32_t Start;
+typedef uint32_t CodeBytes;  // a codeword's share of a step
+#else
+constexpr int kStepFeatures = 2, kByteWidth = 2 * kByteLanes, kLargestByte = 63;
+constexpr int64_t kChunkFeatures = 64;
+typedef int16_t Start;
+typedef uint16_t CodeBytes;
+#endif
+constexpr ByteFormat kByteFormat = {kByteWidth, kStepFeatures, kLargestByte, kChunkFeatures};
 constexpr int kMostByteGroup = 4;              // panels folded into one vector
 constexpr int kByteCandidates = 64;            // lanes of minima per row; more than that: the next coarse pass
 constexpr double kChunkSum = 32760;            // of products, at most
-constexpr int kLargestByte = 63;               // of a codeword
 
 typedef int16_t Shorts __attribute__((vector_size(4 * VQK_LANES)));
 typedef int16_t ShortsAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(2), may_alias));
@@ -36,21 +53,50 @@ typedef uint16_t Sums __attribute__((vector_size(4 * VQK_LANES)));  // wrap arou
 
 VQK_INLINE Shorts load_shorts(const int16_t* p) { return *reinterpret_cast<const ShortsAtAny*>(p); }
 
-// Bits that the sum of a chunk is shifted by, so that all chunks together stay in 16 bits.
-VQK_INLINE int chunk_shift(int64_t chunks) {
-  int shift = 0;
-  while ((int64_t{1} << shift) < chunks) ++shift;
-  return shift;
+// Where codeword j of a panel lies, so that its score comes to lane j.
+VQK_INLINE int slot(int j) {
+#ifdef VQK_QUADS
+  return j % 8 / 4 * kLanes + j / 8 * 4 + j % 4;
+#else
+  return j;
+#endif
 }
 
-// lo, hi = scores of a tile of rows against one panel. start: [chunks][kByteWidth], what the sums begin with.
-VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t pairs, const int16_t* factors, const int8_t* panel,
-                                  const int16_t* start, int shift, const int16_t* half_norms, Shorts* lo, Shorts* hi) {
-  constexpr int64_t kChunkPairs = kChunkFeatures / 2;
+// Scores of a tile of rows against one panel: lo, and hi where a panel has two vectors. start: [chunks][kByteWidth],
+// what the sums begin with.
+VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, const int16_t* factors, const int8_t* panel,
+                                  const Start* start, int shift, const int16_t* half_norms, Shorts* lo, Shorts* hi) {
+#ifdef VQK_QUADS
+  typedef int32_t Signed __attribute__((vector_size(4 * VQK_LANES)));
+  IntVec sum0[kTileRows], sum1[kTileRows];
+  const IntVec s0 = *reinterpret_cast<const IntVecAtAny*>(start);
+  const IntVec s1 = *reinterpret_cast<const IntVecAtAny*>(start + kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) sum0[r] = s0, sum1[r] = s1;
+  for (int64_t d = 0; d < steps; ++d) {
+    const IntVec c0 = *reinterpret_cast<const IntVecAtAny*>(panel);
+    const IntVec c1 = *reinterpret_cast<const IntVecAtAny*>(panel + 4 * kLanes);
+    panel += 4 * kByteWidth;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const IntVec x = VQK_PAIR(z + 4 * r);
+      sum0[r] = VQK_DOT_BYTES(x, c0, sum0[r]);
+      sum1[r] = VQK_DOT_BYTES(x, c1, sum1[r]);
+    }
+    z += 4 * kTileRows;
+  }
+  const Shorts h0 = load_shorts(half_norms);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r)
+    lo[r] = VQK_SUBS(VQK_MULHRS(h0, VQK_PAIR(factors + 2 * r)),
+                     VQK_PACK16((Signed)sum0[r] >> shift, (Signed)sum1[r] >> shift));
+  (void)hi;
+#else
+  constexpr int64_t kChunkSteps = kChunkFeatures / kStepFeatures;
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) lo[r] = hi[r] = Shorts{};
-  for (int64_t first = 0; first < pairs; first += kChunkPairs) {
-    const int64_t last = first + kChunkPairs < pairs ? first + kChunkPairs : pairs;
+  for (int64_t first = 0; first < steps; first += kChunkSteps) {
+    const int64_t last = first + kChunkSteps < steps ? first + kChunkSteps : steps;
     Sums sum0[kTileRows], sum1[kTileRows];
     const Sums s0 = (Sums)load_shorts(start), s1 = (Sums)load_shorts(start + kByteLanes);
     start += kByteWidth;
@@ -82,6 +128,7 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t pairs, const int16_t
     lo[r] = VQK_SUBS(VQK_MULHRS(h0, factor), lo[r]);
     hi[r] = VQK_SUBS(VQK_MULHRS(h1, factor), hi[r]);
   }
+#endif
 }
 
 struct ByteRow {
@@ -198,10 +245,12 @@ VQK_INLINE void filter_bytes(const Codebook& cb, ByteRow& row, const int16_t* mi
 // Fills the rows' candidates. bytes: whole tiles; factors: [rows][2], the row's factor for half norms, twice.
 static void coarse_pass_bytes(const Codebook& cb, const uint8_t* bytes, const int16_t* factors, ByteRow* rows, int n,
                               int16_t* minima) {
-  const int64_t pairs = (cb.D + 1) / 2, chunks = (cb.D + kChunkFeatures - 1) / kChunkFeatures;
+  const int64_t steps = (cb.D + kStepFeatures - 1) / kStepFeatures;
+  const int64_t chunks = (cb.D + kChunkFeatures - 1) / kChunkFeatures;
   const int64_t panels = (cb.K + kByteWidth - 1) / kByteWidth, group = cb.byte_group;
-  const int shift = chunk_shift(chunks);
-  int64_t block = kBlockBytes / (2 * pairs * kByteWidth);
+  const int64_t panel_bytes = steps * kStepFeatures * kByteWidth;
+  const Start* starts = static_cast<const Start*>(cb.starts8);
+  int64_t block = kBlockBytes / panel_bytes;
   if (block > kBlockVectors * group) block = kBlockVectors * group;
   block = block / group * group;
   if (block < group) block = group;
@@ -212,12 +261,12 @@ static void coarse_pass_bytes(const Codebook& cb, const uint8_t* bytes, const in
       int16_t* out = minima;
       for (int64_t p = first, in_group = 0; p < last; ++p) {
         Shorts lo[kTileRows], hi[kTileRows];
-        score_panel_bytes(bytes + start * 4 * pairs, pairs, factors + 2 * start,
-                          cb.panels8 + p * pairs * 2 * kByteWidth, cb.starts8 + p * chunks * kByteWidth, shift,
-                          cb.half_norms8 + p * kByteWidth, lo, hi);
+        score_panel_bytes(bytes + start * 4 * steps, steps, factors + 2 * start, cb.panels8 + p * panel_bytes,
+                          starts + p * chunks * kByteWidth, cb.byte_shift, cb.half_norms8 + p * kByteWidth, lo, hi);
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r) {
-          Shorts x = VQK_MIN16(lo[r], hi[r]);
+          Shorts x = lo[r];
+          if (kByteWidth > kByteLanes) x = VQK_MIN16(x, hi[r]);
           if (in_group) x = VQK_MIN16(x, load_shorts(out + r * kByteLanes));
           *reinterpret_cast<ShortsAtAny*>(out + r * kByteLanes) = x;
         }
@@ -233,7 +282,7 @@ static void coarse_pass_bytes(const Codebook& cb, const uint8_t* bytes, const in
 
 // ---------------------------------------------------------------- rows and codewords as bytes
 
-// Lengths of a row or codeword moved by the mean. fp32 sums of squares of a chunk have few roundings: off by 2^-20.
+// Lengths of a row or codeword moved by the mean. fp32 sums of squares are off by 2^-17.
 struct Centred {
   double peak, chunk, squares;  // largest magnitude; square of the longest chunk; of the whole
 };
@@ -276,20 +325,29 @@ VQK_INLINE IntVec to_bytes(Vec n, float offset) {  // the low bytes of the lanes
   return (IntVec)(n + (0x1.8p23f + offset)) & 255u;
 }
 
+VQK_INLINE uint32_t step_bytes(const uint32_t* x) {
+  uint32_t bytes = 0;
+#pragma GCC unroll 4
+  for (int f = 0; f < kStepFeatures; ++f) bytes |= x[f] << 8 * f;
+  return bytes;
+}
+
 // What a row's unit is no less than: so much for its longest chunk's length; that for the half norms to fit 16 bits.
 struct ByteLimits {
   double per_length, half_norms;
 };
 
 static ByteLimits byte_limits(const Codebook& cb, double tick) {
-  // rounding makes a chunk longer by sqrt(kChunkFeatures) / 2 units at most
-  const double left = kChunkSum / cb.byte_length - 0.5001 * __builtin_sqrt(static_cast<double>(kChunkFeatures));
+  // rounding makes a chunk longer by sqrt(features) / 2 units at most
+  const int64_t features = cb.D < kChunkFeatures ? cb.D : kChunkFeatures;
+  const double most = kChunkSum * (kStepFeatures == 4 ? 1 << cb.byte_shift : 1);
+  const double left = most / cb.byte_length - 0.5001 * __builtin_sqrt(static_cast<double>(features));
   return {1 / left, cb.half_norm_unit * (1 + 0x1p-14) / tick};
 }
 
 struct ByteScale {
   float unit;      // a
-  double row;      // |row| after centring, or up to 2^-18 more
+  double row;      // |row| after centring, or up to 2^-15 more
   double error;    // no less than |row - unit * bytes|
 };
 
@@ -297,10 +355,10 @@ struct ByteScale {
 VQK_INLINE bool row_to_bytes(const Codebook& cb, const ByteLimits& limits, const float* z, double norm, uint32_t* row,
                              uint8_t* tiles, int i, ByteScale* scale) {
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
-  const int64_t D = cb.D, pairs = (D + 1) / 2;
+  const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
   const Centred most = centre(z, cb.l2 ? cb.mean : nullptr, D, reinterpret_cast<float*>(row));
-  scale->row = __builtin_sqrt(most.squares) * (1 + 0x1p-19);
-  double unit = __builtin_sqrt(most.chunk) * (1 + 0x1p-19) * limits.per_length;
+  scale->row = __builtin_sqrt(most.squares) * (1 + 0x1p-17);
+  double unit = __builtin_sqrt(most.chunk) * (1 + 0x1p-17) * limits.per_length;
   unit = most.peak * (1 / 126.99) > unit ? most.peak * (1 / 126.99) : unit;
   unit = limits.half_norms > unit ? limits.half_norms : unit;
   if (!(unit > 0x1p-60 && unit < 0x1p60)) return false;
@@ -316,9 +374,11 @@ VQK_INLINE bool row_to_bytes(const Codebook& cb, const ByteLimits& limits, const
   // the sum's own roundings; what subtracting the mean rounded off
   scale->error = __builtin_sqrt(static_cast<double>(sum_of_lanes(lost))) * (1 + 0x1p-12) +
                  (cb.l2 ? 0x1p-23 * (norm + scale->row) : 0.0);
-  if (D % 2) row[D] = 128;
-  Quad* to = reinterpret_cast<Quad*>(tiles) + i / kTileRows * pairs * kTileRows + i % kTileRows;
-  for (int64_t d = 0; d < pairs; ++d) to[d * kTileRows] = (row[2 * d] | row[2 * d + 1] << 8) * 0x10001u;
+  Quad* to = reinterpret_cast<Quad*>(tiles) + i / kTileRows * steps * kTileRows + i % kTileRows;
+  for (int64_t d = 0; d < steps; ++d) {
+    const uint32_t bytes = step_bytes(row + d * kStepFeatures);
+    to[d * kTileRows] = kStepFeatures == 2 ? bytes * 0x10001u : bytes;
+  }
   return true;
 }
 
@@ -338,9 +398,11 @@ static ByteLengths byte_lengths(const Codebook& cb, int64_t first, int64_t last)
 // Fills panels [first, last) of cb; returns the longest that a codeword lost and the longest chunk of bytes. Lanes
 // beyond the last codeword repeat it: their scores are never the lowest alone.
 static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
-  const int64_t D = cb.D, pairs = (D + 1) / 2, chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
-  int8_t* panels = const_cast<int8_t*>(cb.panels8);
-  int16_t *starts = const_cast<int16_t*>(cb.starts8), *half_norms = const_cast<int16_t*>(cb.half_norms8);
+  const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
+  const int64_t chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
+  CodeBytes* panels = reinterpret_cast<CodeBytes*>(const_cast<int8_t*>(cb.panels8));
+  Start* starts = static_cast<Start*>(const_cast<void*>(cb.starts8));
+  int16_t* half_norms = const_cast<int16_t*>(cb.half_norms8);
   const float unit = static_cast<float>(cb.byte_unit), inverse = 1 / unit;
   float centred[kMostByteFeatures + kLanes];
   uint32_t* bytes = reinterpret_cast<uint32_t*>(centred);
@@ -363,13 +425,12 @@ static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
         }
         const double squares = sum_of_lanes(length);
         most_length = squares > most_length ? squares : most_length;
-        starts[(p * chunks + chunk) * kByteWidth + j] =
-            static_cast<int16_t>(static_cast<uint16_t>(-128 * static_cast<int>(sum_of_lanes(sum))));
+        starts[(p * chunks + chunk) * kByteWidth + slot(j)] =
+            static_cast<Start>(-128 * static_cast<int>(sum_of_lanes(sum)));
       }
-      if (D % 2) bytes[D] = 0;
-      uint16_t* to = reinterpret_cast<uint16_t*>(panels) + p * pairs * kByteWidth + j;
-      for (int64_t d = 0; d < pairs; ++d)
-        to[d * kByteWidth] = static_cast<uint16_t>(bytes[2 * d] | bytes[2 * d + 1] << 8);
+      CodeBytes* to = panels + p * steps * kByteWidth + slot(j);
+      for (int64_t d = 0; d < steps; ++d)
+        to[d * kByteWidth] = static_cast<CodeBytes>(step_bytes(bytes + d * kStepFeatures));
       const double half_norm = cb.half_norm_unit > 0 ? 0.5 * most.squares / cb.half_norm_unit : 0.0;
       half_norms[p * kByteWidth + j] = static_cast<int16_t>(__builtin_rint(half_norm));
       const double error = __builtin_sqrt(static_cast<double>(sum_of_lanes(lost))) * (1 + 0x1p-12) +

@@ -37,6 +37,7 @@ OPTIONS, FORMULAS, OPTIONS_BESIDE = (
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
+SMALL = "tests/interpreted_ops.py::"
 TUNING, REPORT = "tests/test_tuning.py", "tests/test_triton_report.py"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
@@ -195,7 +196,7 @@ MUTATIONS = {
     "LFQ: a NaN reaches the loss": (
         "vqkernels/layers/lfq.py", r"z\.transpose\(0, 1\)\)\.nan_to_num\(0\.0\)", "z.transpose(0, 1))", LFQ),
     "LFQ: a NaN gets a code": (
-        "vqkernels/layers/lfq.py", r" \+ poison\[\.\.\., None, None\]", "", LFQ),
+        "vqkernels/layers/lfq.py", r"gt_\(0\) \+ hole", "gt_(0)", LFQ),
     "LFQ: spherical codes are too long": (
         "vqkernels/layers/lfq.py", r"self\.codebook_scale / math\.sqrt\(self\.codebook_dim\)", "self.codebook_scale", LFQ),
     "LFQ: a share of all tokens, valid or not": (
@@ -302,6 +303,28 @@ MUTATIONS = {
         "triton_kernels/report.py", r"re\.match\(TENSOR\[row\.target\], r\.code\.tensor\)", "True", REPORT),
     "report: warps take registers one by one": (
         "triton_kernels/chips.py", r"_up\(max\(registers, 1\) \* 32, 256\)", "(max(registers, 1) * 32)", REPORT),
+    "triton: a piece of sums loses its last row": (
+        "triton_kernels/codeword_sums.py", r"tl\.minimum\(begin \+ PIECE, last\)", "tl.minimum(begin + PIECE, last) - 1", SMALL + "test_sums_are_added_in_the_documented_order"),
+    "triton: full and last pieces share a slot": (
+        "triton_kernels/codeword_sums.py", r"slot = 2 \* \(begin // PIECE\) \+ \(end == last\)\.to\(tl\.int64\)", "slot = 2 * (begin // PIECE)", SMALL + "test_sums_are_added_in_the_documented_order"),
+    "triton: the block's first code is counted twice": (
+        "triton_kernels/codebook_usage.py", r"mask=valid & \(k != leader\)", "mask=valid", SMALL + "test_counts_with_and_without_histogram"),
+    "triton: thresholds are rounded to nearest": (
+        "triton_kernels/fsq.py", r"else _rounded_up\(exact\)", "else exact", SMALL + "test_levels_are_exact_at_every_threshold"),
+    "triton: the exponential loses a term": (
+        "triton_kernels/exponential.py", r"1\.38888892e-03", "0.0", SMALL + "test_exponential_to_two_units_in_the_last_place"),
+    "triton: NaN beams come last": (
+        "triton_kernels/trie_topk.py", r"0x7FC00000\)", "-0x7FFFFFFF)", SMALL + "test_logits_that_are_not_finite"),
+    "triton: the second beam is not merged": (
+        "triton_kernels/trie_topk.py", r"range\(1, W\)", "range(2, W)", SMALL + "test_more_children_than_are_kept_at_once"),
+    "triton: a dead state is read": (
+        "triton_kernels/trie_topk.py", r"\(state >= 0\) & \(state < S\)", "(state >= 0)", SMALL + "test_a_trie_that_does_not_fit_is_never_read_outside"),
+    "triton: CPU tensors reach the GPU's kernels": (
+        "vqkernels/dispatch.py", r"if kind not in runs_on:", "if False:", "tests/test_triton_dispatch.py::test_cpu_tensors_are_refused_on_a_machine_with_a_gpu"),
+    "verify: a wrong contender is timed": (
+        "vqkernels/bench/gpu.py", r"result\.error = _disagreement\(answer, ours\)", "_disagreement(answer, ours)", "tests/test_verify.py"),
+    "verify: what was not run is not said": (
+        "vqkernels/verify.py", r"if available is not True:\n                out", "if False:\n                out", "tests/test_verify.py"),
 }  # fmt: skip
 
 

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def python(*arguments, interpret=False):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VQK_BACKEND")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
     out = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stdout[-1000:] + out.stderr[-3000:]
     return out.stdout

@@ -1,14 +1,52 @@
-"""nearest_codeword in Triton, stage by stage: the checks are in interpreted_search.py, in a process of their own because
-the interpreter is chosen at import."""
+"""nearest_codeword in Triton, stage by stage and in every arithmetic: in the interpreter (interpreted_search.py, a
+process of its own because the interpreter is chosen at import) and its PTX on the emulator."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from test_triton import run
+import torch
+
+from vqkernels import verify
+from vqkernels.registry import SPECS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def test_search_in_the_interpreter():
-    lines = run("interpreted_search.py")
-    assert len(lines) == 11 and all(": ok," in line for line in lines), lines
+    script = Path(__file__).with_name("interpreted_search.py")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stdout + out.stderr[-3000:]
+    assert out.stdout.count(": ok,") == 11, out.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arithmetic", ["fma", "ieee", "tf32", "bf16", "fp16", "gemm"])
+def test_ptx(monkeypatch, target, arithmetic):
+    """Rows between two codewords, on one, at zero, far larger and smaller than all, without a number."""
+    from ptx import emulated
+    from vqkernels.triton_kernels import nearest_codeword as module
+    from vqkernels.triton_kernels import search, tuning
+
+    g = torch.Generator().manual_seed(0)
+    z, c = torch.randn(1, 24, 20, generator=g), torch.randn(1, 40, 20, generator=g)
+    c[0, 20:24] = c[0, 2:6]
+    z[0, :6] = (c[0, 7:13] + c[0, 13:19]) / 2
+    z[0, 6], z[0, 7] = c[0, 3], 0
+    z[0, 8] *= 1e30
+    z[0, 9] *= 1e-30
+    z[0, 10, 3], c[0, 30, 0] = torch.nan, torch.inf
+    name = "tf32" if arithmetic == "gemm" else arithmetic
+    row = {"ROWS": 64, "CODES": 32, "FEATURES": 32, "GEMM": int(arithmetic == "gemm"), "num_warps": 4, "num_stages": 2}
+    row["ARITHMETIC"] = search.ARITHMETICS.index(name)
+    monkeypatch.setattr(module, "SCAN_WORK", 0)  # small inputs go through all stages
+    spec = SPECS["nearest_codeword"]
+    for args in ((z, c, None, 0, True), (z, c, torch.arange(24)[None] != 5, 1, True)):
+        with emulated(target), tuning.using({spec.name: {"*": row}}):
+            got = module.nearest_codeword(*args)
+        for g, w in zip(got, spec.reference(*args), strict=True):
+            assert verify._first_difference(g, w) is None

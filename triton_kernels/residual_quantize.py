@@ -310,7 +310,7 @@ def pack(codebooks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int
     packed = first.new_full((levels, H, max(c.shape[1] for c in codebooks), D), float("nan"))
     for level, codebook in enumerate(codebooks):
         packed[level, :, : codebook.shape[1]] = codebook
-        sizes[level] = codebook.shape[1]
+        sizes[level].fill_(codebook.shape[1])
     return packed.flatten(0, 1), sizes, 1
 
 

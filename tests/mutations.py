@@ -325,6 +325,8 @@ MUTATIONS = {
         "vqkernels/bench/gpu.py", r"result\.error = _disagreement\(answer, ours\)", "_disagreement(answer, ours)", "tests/test_verify.py"),
     "verify: what was not run is not said": (
         "vqkernels/verify.py", r"if available is not True:\n                out", "if False:\n                out", "tests/test_verify.py"),
+    "triton: canonical distances are fused": (
+        "triton_kernels/nearest_codeword.py", r"enable_fp_fusion=False", "enable_fp_fusion=True", "tests/test_ptx_checks.py"),
 }  # fmt: skip
 
 

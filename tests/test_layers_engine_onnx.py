@@ -13,7 +13,7 @@ import vqkernels as vq  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 # every class once: a model is made in seconds
 NAMES = (
-    "vq-projected-heads vq-cosine-image residual residual-beam grouped-residual hierarchical-image simvq residual-simvq "
+    "vq-projected-heads vq-cosine-image residual residual-beam residual-implicit grouped-residual hierarchical-image simvq residual-simvq "
     "fsq residual-fsq lfq residual-lfq random-projection latent fsp binary-mapper factorized"
 ).split()
 

@@ -328,7 +328,7 @@ def test_quantize_dropout_draws_every_number_of_levels():
     assert used == {2, 4, 6}
     assert (layer.eval()(x)[1] >= 0).all()
     with torch.no_grad():
-        assert (layer.train()(x)[1] >= 0).all()
+        assert all((layer.train()(x)[1] >= 0).all() for _ in range(10))
     coarse = layer(x)[1][..., :2]
     padded = torch.nn.functional.pad(coarse, (0, 4), value=-1)
     assert torch.equal(layer.get_output_from_indices(coarse), layer.get_output_from_indices(padded))

@@ -83,16 +83,15 @@ def test_layers_in_evaluation(name):
             torch.vmap(layer)(x)
         return
     layer(x[0])
-    before = copy.deepcopy(layer.state_dict())
+    before, usage = copy.deepcopy(layer.state_dict()), tensors(getattr(layer, "usage", ()))
     got = tensors(torch.vmap(layer, in_dims=1)(x.transpose(0, 1)))
+    for a, b in zip(tensors(getattr(layer, "usage", ())), usage, strict=True):
+        assert torch.equal(a, b)  # of the last forward outside
     for i, part in enumerate(x):
         for a, b in zip(got, tensors(layer(part)), strict=True):
             torch.testing.assert_close(a[i].detach(), b.detach())
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
-    copy.deepcopy(layer)  # nothing of the inside of vmap is left in the layer
-    if hasattr(layer, "usage"):
-        assert tensors(layer.usage)
 
 
 def models(build, count=SIZE):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import CodebookUsage, codebook_usage
 from .dropout import common_seed, draw_cutoff
-from .tokens import Layout
+from .tokens import Layout, transformed
 from .vector_quantize import VectorQuantize
 
 _POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
@@ -232,7 +232,7 @@ class HierarchicalVQ(nn.Module):
             results.append(result)
             chosen.append(index.unflatten(-1, shape))
             losses.append(loss)
-        if not torch.compiler.is_exporting():
+        if not (torch.compiler.is_exporting() or transformed(chosen[0])):
             self._last_indices = chosen
 
         cutoff = self._draw_cutoff(x.device)

@@ -39,6 +39,8 @@ DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 SMALL = "tests/interpreted_ops.py::"
 TUNING, REPORT = "tests/test_tuning.py", "tests/test_triton_report.py"
+RESIDUALS = "triton_kernels/residual_quantize.py"
+ON_RESIDUALS = "tests/test_triton_residual_quantize.py::test_in_the_interpreter"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
         "vqkernels/ops/rotation_trick.py", r"ctx\.estimator = estimator", "ctx.estimator = 0", GRADIENTS),
@@ -327,6 +329,24 @@ MUTATIONS = {
         "vqkernels/verify.py", r"if available is not True:\n                out", "if False:\n                out", "tests/test_verify.py"),
     "triton: canonical distances are fused": (
         "triton_kernels/nearest_codeword.py", r"enable_fp_fusion=False", "enable_fp_fusion=True", "tests/test_ptx_checks.py"),
+    "triton: survivors are not compared": (
+        RESIDUALS, r"\(best - lowest\[:, None\] <= margin\[:, None\]\)", "(best - lowest[:, None] <= 0.0)", ON_RESIDUALS),
+    "triton: a lane's second survivor is forgotten": (
+        RESIDUALS, r"tl\.max\(hidden\.to\(tl\.int32\), 1\) > 0", "tl.max(hidden.to(tl.int32), 1) > 1", ON_RESIDUALS),
+    "triton: the last residual may overflow": (
+        RESIDUALS, r"alive = alive & \(largest_magnitude\(residual, rows, alive, D, BLOCK\) >= 0\)\n    tl", "tl", ON_RESIDUALS),
+    "triton: a level does not wait for the one before": (
+        RESIDUALS, r"tl\.debug_barrier\(\)  # what the rows'", "pass  # what the rows'", ON_RESIDUALS),
+    "triton: squares of float64 may vanish": (
+        RESIDUALS, r"outer <= _SAFE_EXPONENT", "outer <= 2000", ON_RESIDUALS),
+    "triton: losses are divided by all programs": (
+        RESIDUALS, r"tl\.maximum\(rows, 1\) \* D", "PROGRAMS * D", ON_RESIDUALS),
+    "triton: an index outside its codebook goes unseen": (
+        RESIDUALS, r'tl\.where\(known\[:, None\], result, float\("nan"\)\)', "result", ON_RESIDUALS),
+    "triton: every level's Jacobian is that of z": (
+        RESIDUALS, r"five_dots\(residual, c, g\)", "five_dots(first, c, g)", ON_RESIDUALS),
+    "triton: long rows of the rotation lose their first step": (
+        "triton_kernels/rotation_trick.py", r"zz, qq, zq, zg, qg = zz \+ zz1, qq \+ qq1", "zz, qq, zq, zg, qg = zz1, qq + qq1", ON_RESIDUALS),
 }  # fmt: skip
 
 

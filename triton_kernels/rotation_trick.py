@@ -13,7 +13,7 @@ conversions there, about as long as the card needs to move a float32 element (16
 That is accepted. Pairs of float32 (two sums and two products for each) would cost 50 instructions an element and need
 a fused multiply-add that the interpreter does not have; plain float32 would be wrong by more than the result near the
 singular axis. Data-centre chips have the float64 rate to stay memory bound.
-Run in Triton's interpreter only; nothing has been timed.
+Nothing here has been timed on a GPU.
 """
 
 import torch

@@ -39,7 +39,7 @@ def test_kernels(row, results):
     result = results[row].result()
     printed.append(str(result))
     assert not result.wrong, "\n".join(result.wrong)
-    assert result.cases > 2 and result.launches > 2
+    assert result.cases > 2 and result.launches > 1
 
 
 def test_every_operator_that_is_compiled_for_triton_is_here():

@@ -94,14 +94,12 @@ def few_programs(wanted: bool) -> Iterator[None]:
 
 
 def chosen(spec, dtype, target):
-    """The hostile case if the operator has one, else the first sample; then a third of the registry's other cases, a
-    different third for the next dtype and target, so that every case runs on some and no row takes long."""
-    first, *rest = [
-        (label, args) for label, args in spec.samples(dtype) + spec.edges(dtype) if _largest(args) <= LARGEST
-    ]
-    hostile = hostile_search(dtype).get(spec.name, [])
-    offset = spec.dtypes.index(dtype) + TARGETS.index(target)
-    return [*hostile, first, *rest[offset % 3 :: 3]]
+    """The hostile cases if the operator has some, and the first sample; then a share of the registry's other cases,
+    another one for the next dtype and target, so that every case runs on some and no row takes long."""
+    every = [case for case in spec.samples(dtype) + spec.edges(dtype) if _largest(case[1]) <= LARGEST]
+    share = min(4, len(TARGETS) * len(spec.dtypes))
+    offset = spec.dtypes.index(dtype) + TARGETS.index(target) * share // 2
+    return [*hostile_search(dtype).get(spec.name, []), every[0], *every[1 + offset % share :: share]]
 
 
 def _largest(args) -> int:

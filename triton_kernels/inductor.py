@@ -35,7 +35,9 @@ def see_through(lib, op: torch._ops.OpOverload, launcher) -> None:
     """AOTAutograd traces ``launcher`` in place of ``op``; torch.export keeps the operator, which serialises."""
 
     def decompose(mode, op, types, args, kwargs):
-        if torch.compiler.is_exporting():
+        from torch.export._trace import custom_triton_ops_decomposition_disabled  # as torch.library.triton_op does
+
+        if custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, _traced():
             return launcher(*args, **(kwargs or {}))

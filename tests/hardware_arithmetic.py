@@ -245,6 +245,8 @@ def dots():
     assert error["tf32"] > 5e-3 and 1e-6 < min(error.values()), error
     assert max(error[p] for p in ("ieee", "tf32x3", "bf16x3")) < 6e-4, error
     equal(run(x.double(), y.double(), out=torch.float64).float(), exact.float(), "float64")
+    whole = torch.arange(16 * 64).reshape(16, 64).half() % 7
+    assert (run(whole, whole) != whole.float() @ whole.float().T).any(), "as exact as no tensor core need be"
     refused = [
         (lambda: run(x.half(), y.half(), half=True), "float16 accumulator"),
         (lambda: run(x[:, :8].bfloat16().contiguous(), y[:, :8].bfloat16().contiguous()), "k >= 16"),

@@ -1,6 +1,6 @@
 """Operators' Triton kernels under the checking layer, on the registry's samples and edges, against the reference.
 
-    python tests/interpreted_registry.py OP [...]       one line an operator and dtype; exit code 1 where something is wrong
+    python tests/interpreted_registry.py OP [...]       one line an operator and dtype; exit code 1 if one is wrong
 
 Every case runs in two random orders of programs, which must agree to the bit.
 """

@@ -71,6 +71,15 @@ def bytes_and_words(words, small, BUG: tl.constexpr):
 
 
 @triton.jit
+def messages(x, y, BUG: tl.constexpr):
+    """Program 0 stores, program 1 loads: the same element, or another."""
+    if tl.program_id(0) == 0:
+        tl.store(x, 1.0)
+    else:
+        tl.store(y, tl.load(x + (0 if BUG == "load of another program's result" else 1)))
+
+
+@triton.jit
 def two_steps(x, y, BLOCK: tl.constexpr, BUG: tl.constexpr):
     """y = x reversed twice, through y."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -200,6 +209,11 @@ def run_widths(bug):
     bytes_and_words[(2,)](raw.view(torch.int32), raw, bug)
 
 
+def run_messages(bug):
+    with checked(seed=None):
+        messages[(2,)](torch.zeros(2), torch.zeros(1), bug)
+
+
 def run_two_steps(bug):
     x, y = ramp(64), torch.empty(64)
     two_steps[(2,)](x, y, BLOCK, bug)
@@ -286,6 +300,7 @@ BUGS = {
     },
     run_arrival: {"arrival decides": "order of the programs"},
     run_widths: {"race between widths": "race"},
+    run_messages: {"load of another program's result": "race: program (0, 0, 0) stores element 0 too"},
     run_two_steps: {"no barrier": "debug_barrier"},
     run_accumulate: {"uninitialised output": "nothing has written"},
     run_filled: {"half of it filled": "nothing has written, element 64"},

@@ -1,4 +1,4 @@
-"""The checking layer itself: every planted bug is reported, no clean kernel is blamed, the arithmetic is the hardware's.
+"""The checking layer: planted bugs are reported, clean kernels are not blamed, the arithmetic is the hardware's.
 
 The kernels run in a process of their own: the interpreter is chosen at import.
 """

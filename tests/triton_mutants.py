@@ -130,14 +130,14 @@ def own_cases() -> dict:
 OWN = own_cases()
 
 
-def faults(name: str, launcher) -> str:
+def faults(name: str, run) -> str:
     """What the checks say about a launcher on the mutant's cases; empty if nothing."""
     *_, op, dtype, labels = MUTANTS[name]
     spec = registry.SPECS[op]
     known = dict(verify.cases(spec, dtype))
     for label in labels:
         args = known[label] if label in known else OWN[label](dtype)
-        checked = SimpleNamespace(triton=lambda *a: triton_check.in_any_order(lambda: launcher(*a), (1,)))
+        checked = SimpleNamespace(triton=lambda *a: triton_check.in_any_order(lambda: run(*a), (1,)))
         try:
             detail, _ = verify.compare(SimpleNamespace(**vars(spec) | {"op": checked}), "triton", args)
         except Exception as error:
@@ -147,7 +147,13 @@ def faults(name: str, launcher) -> str:
     return ""
 
 
-def package(folder: Path, number: int):
+def launcher(package: str, op: str):
+    """Where it matters, a program sees several tiles of codewords, as it does on large inputs."""
+    importlib.import_module(f"{package}.nearest_codeword").MIN_PROGRAMS = 1
+    return importlib.import_module(package).launcher(op)
+
+
+def copy(folder: Path, number: int):
     """A copy of the kernels, importable as its own package."""
     path = folder / f"mutant_{number}"
     shutil.copytree(KERNELS, path, ignore=shutil.ignore_patterns("__pycache__"))
@@ -163,10 +169,10 @@ def main(words: list[str]) -> int:
         for number, name in enumerate(chosen):
             file, pattern, replacement, op, dtype, labels = MUTANTS[name]
             if (key := (op, dtype, labels)) not in sound:
-                sound[key] = faults(name, importlib.import_module("vqkernels.triton_kernels").launcher(op))
+                sound[key] = faults(name, launcher("vqkernels.triton_kernels", op))
                 if sound[key]:
                     sys.exit(f"triton_mutants: the unchanged {op} fails: {sound[key]}")
-            path = package(folder, number) / f"{file}.py"
+            path = copy(folder, number) / f"{file}.py"
             source = path.read_text()
             mutant, found = re.subn(pattern, replacement, source)
             if not found:
@@ -174,7 +180,7 @@ def main(words: list[str]) -> int:
                     f"triton_mutants: {name!r} no longer finds its place in {file}.py; update tests/triton_mutants.py"
                 )
             path.write_text(mutant)
-            said = faults(name, importlib.import_module(f"mutant_{number}").launcher(op))
+            said = faults(name, launcher(f"mutant_{number}", op))
             survivors += not said
             print(f"triton mutant {'found' if said else 'SURVIVED'} | {name} | {said[:240]}", flush=True)
     return 1 if survivors else 0

@@ -38,6 +38,7 @@ VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantiz
 DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 SMALL = "tests/interpreted_ops.py::"
+CERTIFIED = "tests/test_triton_nearest_codeword.py::test_search_in_the_interpreter"
 TUNING, REPORT = "tests/test_tuning.py", "tests/test_triton_report.py"
 RESIDUALS = "triton_kernels/residual_quantize.py"
 ON_RESIDUALS = "tests/test_triton_residual_quantize.py::test_in_the_interpreter"
@@ -321,6 +322,20 @@ MUTATIONS = {
         "triton_kernels/trie_topk.py", r"range\(1, W\)", "range(2, W)", SMALL + "test_more_children_than_are_kept_at_once"),
     "triton: a dead state is read": (
         "triton_kernels/trie_topk.py", r"\(state >= 0\) & \(state < S\)", "(state >= 0)", SMALL + "test_a_trie_that_does_not_fit_is_never_read_outside"),
+    "triton: rounding is not in the bound": (
+        "triton_kernels/search.py", r"lost \+= tl\.sum\(e \* e, 1\)", "lost += 0.0 * tl.sum(e * e, 1)", CERTIFIED),
+    "triton: tensor cores add without error": (
+        "triton_kernels/search.py", r"units = 4\.0 \* D \+ 88\.0", "units = 0.0625 * D", CERTIFIED),
+    "triton: a lane's second lowest score is lost": (
+        "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, scores\)\)", "second = second", CERTIFIED),
+    "triton: a split's second lowest score is lost": (
+        "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, value\)\)", "second = second", CERTIFIED),
+    "triton: ties go to the last codeword": (
+        "triton_kernels/nearest_codeword.py", r"tl\.where\(value < best, t \* CODES \+ lane, index\)", "tl.where(value <= best, t * CODES + lane, index)", CERTIFIED),
+    "triton: rows land one slot further in the list": (
+        "triton_kernels/nearest_codeword.py", r"tl\.cumsum\(listing, 0\) - 1", "tl.cumsum(listing, 0)", CERTIFIED),
+    "triton: every row is compared": (
+        "triton_kernels/nearest_codeword.py", r"\(gap > margin\)", "(gap > margin + 1e30)", CERTIFIED),
     "triton: CPU tensors reach the GPU's kernels": (
         "vqkernels/dispatch.py", r"if kind not in runs_on:", "if False:", "tests/test_triton_dispatch.py::test_cpu_tensors_are_refused_on_a_machine_with_a_gpu"),
     "verify: a wrong contender is timed": (

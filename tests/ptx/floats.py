@@ -35,14 +35,21 @@ def _by_halves(function, type_: str):
     one = _HALVES[type_]
 
     def packed(*values):
-        halves = []
-        for shift in (0, 16):
-            parts = [((v >> np.uint32(shift)) & np.uint32(0xFFFF)).astype(np.uint16) for v in values]
-            parts = [bf16_to_f32(p) if one == "bf16" else p.view(np.float16) for p in parts]
-            halves.append(bits(narrow(function(*parts), one)).astype(np.uint32) << np.uint32(shift))
-        return halves[0] | halves[1]
+        low, high = (bits(narrow(function(*x), one)).astype(np.uint32) for x in zip(*(_split(v, one) for v in values)))
+        return low | high << np.uint32(16)
 
     return packed
+
+
+def _split(pairs: np.ndarray, one: str) -> list[np.ndarray]:
+    """The lower and the upper elements of packed pairs."""
+    parts = [((pairs >> np.uint32(shift)) & np.uint32(0xFFFF)).astype(np.uint16) for shift in (0, 16)]
+    return [bf16_to_f32(p) if one == "bf16" else p.view(np.float16) for p in parts]
+
+
+def halves(c, operand: str, type_: str):
+    read, one = c.source(operand, "b32"), _HALVES[type_]
+    return lambda t: _split(read(t), one)
 
 
 def _negative_zero_first(compare):

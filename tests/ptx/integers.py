@@ -308,11 +308,22 @@ def _comparison(word: str, type_: str):
 
 @operation("setp")
 def _compare(c, i):
-    from .floats import reader
+    from .floats import halves, reader
 
     parts, operands = i.parts, i.operands
     type_ = parts[-1]
     compare = _comparison(parts[1], type_)
+    if type_ in ("bf16x2", "f16x2"):  # one predicate for each half
+        if len(operands) != 3:
+            raise PtxError("comparison of pairs with a third predicate")
+        a, b = halves(c, operands[1], type_), halves(c, operands[2], type_)
+        writes = [c.target(o, "pred") for o in operands[0].split("|")]
+
+        def run_pairs(t, mask):
+            for write, x, y in zip(writes, a(t), b(t)):
+                write(t, compare(x, y), mask)
+
+        return run_pairs
     a, b = reader(c, operands[1], type_), reader(c, operands[2], type_)
     join = _JOIN.get(parts[2])
     other = c.source(operands[3], "pred") if join else None
@@ -336,6 +347,8 @@ def _set(c, i):
 
     parts = i.parts
     result, type_ = parts[-2:]
+    if "x2" in type_:
+        raise PtxError("set of pairs")
     compare = _comparison(parts[1], type_)
     a, b = reader(c, i.operands[1], type_), reader(c, i.operands[2], type_)
     write, dtype = c.target(i.operands[0], result), kind(result)[1]

@@ -217,7 +217,7 @@ MUTATIONS = {
     "EvoLFQ: the best is taken from the next generation": (
         "vqkernels/layers/evo_lfq.py", r"parents\[fittest\]", "pop_bits[fittest]", LFQ_RELATIVES),
     "beam: keeps the worst": (
-        "vqkernels/layers/beam_search.py", r"score\.sort\(dim", "(-score).sort(dim", RESIDUAL),
+        "vqkernels/layers/beam_search.py", r"= least\(score, kept\)", "= least(-score, kept)", RESIDUAL),
     "beam: forgets the score of its prefix": (
         "vqkernels/layers/beam_search.py", r"score\.repeat_interleave\(tried, 1\) \+ ", "", RESIDUAL),
     "beam: no weights": (
@@ -225,7 +225,7 @@ MUTATIONS = {
     "beam: children of the wrong parent": (
         "vqkernels/layers/beam_search.py", r"_rows\(codes, parent\)", "_rows(codes, 0 * parent)", RESIDUAL),
     "beam: straight-through instead of rotation": (
-        RVQ, r"layer\.choose\._pass_gradient\(vector, code, routed\)", "vector + (code - vector).detach()", RESIDUAL_BESIDE),
+        RVQ, r"layer\.choose\.pass_gradient\(vector, code, routed\)", "vector + (code - vector).detach()", RESIDUAL_BESIDE),
     "beam: no EMA step": (
         RVQ, r"            if updating:\n                layer\._codebook\.update\(vector", "            if False:\n                layer._codebook.update(vector", RESIDUAL),
     "beam: evaluation reports no errors": (

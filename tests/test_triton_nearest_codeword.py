@@ -50,3 +50,15 @@ def test_ptx(monkeypatch, target, arithmetic):
             got = module.nearest_codeword(*args)
         for g, w in zip(got, spec.reference(*args), strict=True):
             assert verify._first_difference(g, w) is None
+
+
+def test_canonical_sums_are_not_fused():
+    from vqkernels.triton_kernels.nearest_codeword import nearest_codeword
+    from vqkernels.triton_kernels.offline import compiled_for
+
+    with compiled_for("sm_80") as launches:
+        for dtype in (torch.float32, torch.float64):
+            nearest_codeword(torch.zeros(1, 128, 64, dtype=dtype), torch.zeros(1, 64, 64, dtype=dtype), None, 0, True)
+    canonical = {launch.name: launch.compiled.asm["ptx"] for launch in launches}
+    for name in ("_select_kernel", "_compare_kernel", "_scan_kernel"):
+        assert "mul" in canonical[name] and "fma.rn.f64" not in canonical[name], name

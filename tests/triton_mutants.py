@@ -112,6 +112,7 @@ def own_cases() -> dict:
     codebook = torch.randn(64, 24, generator=g)
     one, other = torch.randint(0, 64, (2, 160), generator=g)
     between = (codebook[one] + codebook[other]) / 2 + torch.randn(160, 24, generator=g) * 1e-6
+    between[80:] = codebook[one[80:]] + torch.randn(80, 24, generator=g) * 1e-2  # beside one codeword and its double
     # a lane sees codewords 64 apart: the best, one nearly as good, and two that are far
     near = torch.cat([codebook, codebook * (1 + 1e-6), 3 * codebook, 4 * codebook])
     threshold = torch.atanh(torch.tensor([-0.5 / (2 * 1.001 / 2), 0.5 / (2 * 1.001 / 2)], dtype=torch.float64)).float()

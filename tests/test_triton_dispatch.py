@@ -138,3 +138,21 @@ print(json.dumps(found))
 """
     found = json.loads(python("-c", code).splitlines()[-1])
     assert found and all(count <= 2 for kernels in found.values() for count in kernels.values()), found
+
+
+def test_launches_go_to_the_device_of_the_tensors(monkeypatch):
+    import contextlib
+
+    from vqkernels.triton_kernels import on_device
+
+    seen = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        seen.append(("in", tensor))
+        yield
+        seen.append(("out", tensor))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    run = on_device(lambda z, k: seen.append(("launch", k)) or k + 1)
+    assert run("z", 3) == 4 and seen == [("in", "z"), ("launch", 3), ("out", "z")]

@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # The tests of vector-quantize-pytorch against ours: make incumbent-tests SUITE="--all --source CHECKOUT"
 incumbent-tests: $(VENV)/installed

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs test_simd_levels on an emulated Ice Lake processor, so that the AVX-512 and VNNI kernels' own instructions execute on a machine without them.
+# Runs test_simd_levels on an emulated Skylake-X processor, so that the AVX-512 kernels' own instructions execute on a machine without them.
 # Debian packages: bochs bochsbios vgabios xorriso isolinux syslinux-common linux-image-cloud-amd64 (its kernel is booted, not installed:
 # pass the path of a vmlinuz as the first argument, default: the newest in /boot). Takes some minutes. VQK_ROWS sets the rows (default 1000000).
 set -euo pipefail
@@ -19,7 +19,7 @@ xorriso -as mkisofs -quiet -o "$work/boot.iso" -b isolinux.bin -c boot.cat -no-e
 cat >"$work/bochsrc" <<RC
 display_library: rfb, options="timeout=0"
 megs: 1024
-cpu: model=corei7_icelake_u, count=1, ips=100000000
+cpu: model=corei7_skylake_x, count=1, ips=100000000
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
 ata0-master: type=cdrom, path=$work/boot.iso, status=inserted
@@ -41,4 +41,4 @@ for _ in $(seq "${VQK_TIMEOUT:-1800}"); do
 done
 kill "$emulator" 2>/dev/null || true
 tr -d '\r' <"$work/serial" | tail -n 20 || tail -n 20 "$work/log" "$work/out"
-grep -q "finished with status 0" "$work/serial" && grep -q "vnni *same bits" "$work/serial"
+grep -q "finished with status 0" "$work/serial" && grep -q "avx512 *same bits" "$work/serial"

@@ -96,6 +96,19 @@ class Spy:
         setattr(module, self.name, self.kernel)
 
 
+class MediumPrecision(torch.overrides.TorchFunctionMode):
+    """float32 matrix products as torch.set_float32_matmul_precision("medium") makes them on processors that have
+    bfloat16: from rounded factors. Here, whatever the processor."""
+
+    products = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("matmul", "__matmul__", "mm"):
+            self.products += 1
+            args = tuple(x.bfloat16().float() if x.dtype == torch.float32 else x for x in args)
+        return function(*args, **kwargs or {})
+
+
 def hostile_rows_in_every_arithmetic():
     z, c = hostile(N, K, D)
     for name in search.ARITHMETICS:
@@ -119,6 +132,9 @@ def every_plan():
     with tuning.using(arithmetic("tf32", GEMM=1)):
         module.GEMM_SCORES = 32 * 128
         agrees((z, c, None, 0, True), "gemm")
+        with MediumPrecision() as medium:
+            agrees((z, c, None, 0, True), "gemm, medium")
+        assert medium.products > 0
     with tuning.using(arithmetic("fma")), Spy("_coarse_kernel") as coarse:
         agrees((z, c, None, 0, True), "splits")
         module.MIN_PROGRAMS = 1

@@ -28,6 +28,7 @@ import functools
 
 import numpy as np
 import triton.language as tl
+import triton_interpreter_speed  # noqa: F401
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
@@ -413,23 +414,8 @@ def as_argument(method):
     return wrapped
 
 
-def numpy_type(stock):
-    """The stock function builds its table at every call."""
-    known = {}
-
-    @functools.wraps(stock)
-    def wrapped(dtype):
-        name = dtype.scalar.name
-        if name not in known:
-            known[name] = stock(dtype)
-        return known[name]
-
-    return wrapped
-
-
 def mend():
     """Replaces the methods, once."""
-    interpreter._get_np_dtype = numpy_type(interpreter._get_np_dtype)
     builder = InterpreterBuilder
     for name in ("create_fma", "create_clampf", "create_erf", "create_rsqrt", "unary_op"):
         setattr(builder, name, through_fp32(getattr(builder, name)))

@@ -262,6 +262,14 @@ def nearest_codeword(
     return indices, distances
 
 
+def dot_products(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """float32 z.c by torch. A GPU multiplies these values exactly, in tf32 mode too. For CPU tensors the precision
+    "medium" would round them to bfloat16, which no bound allows for; float64 is beyond its reach."""
+    if z.is_cpu:
+        return (z.double() @ codebook.double()).float()
+    return z @ codebook
+
+
 def coarse_pass(z: torch.Tensor, ratios: torch.Tensor, codebook: search.Codebook, numbers: dict):
     """z: coarse copy -> best and second score float32, index of the best int32, all [splits,H,PADDED_N]."""
     H, padded_N, D = z.shape
@@ -285,7 +293,7 @@ def coarse_pass(z: torch.Tensor, ratios: torch.Tensor, codebook: search.Codebook
     for h in range(H):
         for first in range(0, padded_N, step):
             part = slice(first, min(padded_N, first + step))
-            dots = z[h, part] @ matrix[h]
+            dots = dot_products(z[h, part], matrix[h])
             _coarse_kernel[(len(dots) // rows, 1, 1)](
                 dots, z, codebook.half_norms[h], ratios[h, part], best[0, h, part], second[0, h, part],
                 index[0, h, part], padded_N, K, D, *codebook.strides, 1, rows, codes, features, "dots", arithmetic,

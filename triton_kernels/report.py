@@ -82,7 +82,9 @@ def compile_calls(target: str, op: str, dtype: torch.dtype, only: slice = slice(
     for label, args in workloads(op, dtype, "meta")[only]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # triton announces a change of its own defaults
-            with compiled_for(target) as launches:
+            # line information doubles the time to compile and changes no instruction
+            with triton.knobs.compilation.scope(), compiled_for(target) as launches:
+                triton.knobs.compilation.disable_line_info = True
                 launcher(op)(*args)
         codes = [machine_code(launch.compiled) for launch in launches]
         roof = roofline(target, spec.flops(*args), spec.bytes(*args), _arithmetic(op, dtype, codes))

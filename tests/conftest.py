@@ -1,6 +1,7 @@
 """Every test runs with fresh memory poisoned with NaN and a fixed seed."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ import torch
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_seed():
     """torch.empty, also inside our C++ bindings, returns NaN (floats) or the largest value (integers): a kernel that
-    forgets to write an
-    output cannot pass by luck."""
+    forgets to write an output cannot pass by luck."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -18,10 +18,21 @@ def poisoned_memory_and_seed():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What the differential tests and the Triton kernels under check compared, if this run had any."""
+    """What the differential tests and the Triton kernels under check compared, if this run had any; how long each file
+    of the latter took."""
     pairs = sys.modules.get("layer_pairs")
     if pairs is not None and pairs.record.comparisons:
         terminalreporter.write_line(pairs.record.summary())
-    for module in ("test_triton", "test_ptx_kernels"):
-        for line in getattr(sys.modules.get(module), "printed", ()):
-            terminalreporter.write_line(line)
+    reports = [r for some in terminalreporter.stats.values() for r in some if isinstance(r, pytest.TestReport)]
+    total = 0.0
+    for file in sorted({r.nodeid.split("::")[0] for r in reports}):
+        module = Path(file).stem
+        if module.startswith(("test_triton", "test_ptx", "test_tuning")):
+            for line in getattr(sys.modules.get(module), "printed", ()):
+                terminalreporter.write_line(line)
+            of_file = [r for r in reports if r.nodeid.startswith(f"{file}::")]
+            seconds, passed = sum(r.duration for r in of_file), sum(r.passed and r.when == "call" for r in of_file)
+            terminalreporter.write_line(f"{file}: {passed} tests passed in {seconds:.0f} s")
+            total += seconds
+    if total:
+        terminalreporter.write_line(f"Triton kernels and PTX: {total:.0f} s")

@@ -323,6 +323,8 @@ MUTATIONS = {
         "triton_kernels/codebook_usage.py", r"mask=valid & \(k != leader\)", "mask=valid", SMALL + "test_counts_with_and_without_histogram"),
     "triton: thresholds are rounded to nearest": (
         "triton_kernels/fsq.py", r"else _rounded_up\(exact\)", "else exact", SMALL + "test_levels_are_exact_at_every_threshold"),
+    "triton: the slope of fsq is 1 - tanh squared": (
+        "triton_kernels/fsq.py", r"sech \* sech", "(1.0 - ((1.0 - h * h) / (1.0 + h * h)) * ((1.0 - h * h) / (1.0 + h * h)))", SMALL + "test_gradient_keeps_its_digits_where_tanh_saturates"),
     "triton: the exponential loses a term": (
         "triton_kernels/exponential.py", r"1\.38888892e-03", "0.0", SMALL + "test_exponential_to_two_units_in_the_last_place"),
     "triton: NaN beams come last": (
@@ -343,6 +345,10 @@ MUTATIONS = {
         "triton_kernels/nearest_codeword.py", r"tl\.where\(value < best, t \* CODES \+ lane, index\)", "tl.where(value <= best, t * CODES + lane, index)", CERTIFIED),
     "triton: rows land one slot further in the list": (
         "triton_kernels/nearest_codeword.py", r"tl\.cumsum\(listing, 0\) - 1", "tl.cumsum(listing, 0)", CERTIFIED),
+    "triton: the canonical square is multiplied out": (
+        "triton_kernels/search.py", r"total \+= \(a - b\) \* \(a - b\)", "total += a * a - 2.0 * a * b + b * b", CERTIFIED),
+    "triton: CPU tensors lose digits in torch's products": (
+        "triton_kernels/nearest_codeword.py", r"if z\.is_cpu:", "if False:", CERTIFIED),
     "triton: every row is compared": (
         "triton_kernels/nearest_codeword.py", r"\(gap > margin\)", "(gap > margin + 1e30)", CERTIFIED),
     "triton: CPU tensors reach the GPU's kernels": (

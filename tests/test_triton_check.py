@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
+printed: list[str] = []  # conftest writes it at the end of the run
+
+
 @functools.cache
 def lines(script: str) -> dict[str, tuple[str, str]]:
     """{case: (ok or WRONG, what was said)} as the script prints it."""
@@ -24,6 +27,7 @@ def lines(script: str) -> dict[str, tuple[str, str]]:
     out = subprocess.run([sys.executable, HERE / script], capture_output=True, text=True, env=env)
     rows = [line.split(" | ", 2) for line in out.stdout.splitlines() if " | " in line]
     assert rows, out.stderr[-3000:]
+    printed.append(f"triton {script}: {len(rows)} cases, {sum(row[0] == 'ok' for row in rows)} as they must be")
     return {case: (verdict, said) for verdict, case, said in rows}
 
 

@@ -14,6 +14,7 @@ from vqkernels import verify
 from vqkernels.registry import SPECS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+printed: list[str] = []  # conftest writes it at the end of the run
 CHECKS = (
     "hostile_residuals other_dtypes magnitudes_of_float64 survivors_hidden_behind_a_lane levels_and_sizes"
     " rows_that_stop_being_finite losses_add_in_one_order backward rotation_in_steps"
@@ -54,6 +55,7 @@ def test_in_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stdout + out.stderr[-3000:]
+    printed.extend(out.stdout.splitlines())
     assert [line.split()[2].rstrip(":") for line in out.stdout.splitlines()] == CHECKS
 
 

@@ -28,8 +28,8 @@ import functools
 
 import numpy as np
 import triton.language as tl
-import triton_interpreter_speed  # noqa: F401
 import triton.runtime.interpreter as interpreter
+import triton_interpreter_speed  # noqa: F401
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 BF16 = tl.bfloat16

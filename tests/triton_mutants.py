@@ -62,6 +62,8 @@ MUTANTS = {
         "fsq", r"\(max\(few\) - 1\)\.bit_length\(\)", "(max(few) - 1).bit_length() - 1", "fsq", BF16, ("levels [8, 5, 5, 5]",)),
     "fsq: approximate division": (
         "fsq", r"tl\.div_rn\((.*?), (width.*?)\)\n", r"\1 / \2\n", "fsq", F32, ("levels [7, 4]", "levels [17, 3]")),
+    "fsq backward: even levels lose their shift": (
+        "fsq", r"tl\.abs\(x \+ tl\.load\(shifts \+ j\)\[None, :\]\)", "tl.abs(x)", "fsq_backward", F32, ("levels [8, 5, 5, 5]",)),
     "trie: tokens of the wrong node": (
         "trie_topk", r"tl\.load\(row_offsets \+ node \+ 1, mask=live, other=0\)", "first + 2", "trie_topk", F32, ("k20",)),
     "trie: ties to the last": (

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
 
-.PHONY: demo test incumbent-tests downstream bench lint build cpp-test cpp-bench clean
+.PHONY: demo test incumbent-tests triton-versions downstream bench lint build cpp-test cpp-bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
@@ -21,6 +21,13 @@ test: $(VENV)/installed
 # The tests of vector-quantize-pytorch against ours: make incumbent-tests SUITE="--all --source CHECKOUT"
 incumbent-tests: $(VENV)/installed
 	$(BIN)/python tests/incumbent_suite.py $(SUITE)
+
+# The Triton kernels' tests with another Triton than the one installed
+TRITON ?= 3.8.0
+triton-versions: $(VENV)/installed
+	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)', triton.__version__"
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest tests/test_triton*.py tests/test_ptx*.py tests/test_tuning.py
 
 # Projects that depend on vector-quantize-pytorch, trained with it and with ours
 downstream: $(VENV)/installed

@@ -2,13 +2,12 @@
 (interpreted_residual.py), their PTX on the emulator, and how often they compile."""
 
 import importlib.util
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_scripts import interpreted
 
 from vqkernels import verify
 from vqkernels.registry import SPECS
@@ -51,12 +50,7 @@ for name in ("_residual_quantize_kernel", "_residual_quantize_backward_kernel", 
 
 
 def test_in_the_interpreter():
-    script = Path(__file__).with_name("interpreted_residual.py")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
-    assert out.returncode == 0, out.stdout + out.stderr[-3000:]
-    printed.extend(out.stdout.splitlines())
-    assert [line.split()[2].rstrip(":") for line in out.stdout.splitlines()] == CHECKS
+    printed.extend(interpreted("interpreted_residual.py", CHECKS))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

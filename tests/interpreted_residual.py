@@ -92,6 +92,11 @@ def levels_and_sizes():
     agrees((z[:, :3, :2].bfloat16(), [books[2][..., :2].bfloat16()] * 5, None, 1), "cosine, few features")
 
 
+def many_features():
+    z, books = draw("gaussian", 1, 2, 4096, seed=1), [draw("gaussian", 1, size, 4096, seed=size) for size in (3, 2)]
+    agrees((z.bfloat16(), [b.bfloat16() for b in books], None, 0))
+
+
 def rows_that_stop_being_finite():
     """A level without a usable codeword ends every row, an overflow of the last residual its own; both stay masked."""
     z = draw("gaussian", 1, 20, 4, seed=1)
@@ -164,7 +169,7 @@ def rotation_in_steps():
 
 CHECKS = [
     hostile_residuals, other_dtypes, magnitudes_of_float64, survivors_hidden_behind_a_lane, levels_and_sizes,
-    rows_that_stop_being_finite, losses_add_in_one_order, backward, rotation_in_steps,
+    many_features, rows_that_stop_being_finite, losses_add_in_one_order, backward, rotation_in_steps,
 ]  # fmt: skip
 
 

@@ -143,6 +143,12 @@ def every_plan():
     module.MIN_PROGRAMS = 256
 
 
+def many_features():
+    z, c = draw("gaussian", 1, 2, 4096, seed=1), draw("gaussian", 1, 3, 4096, seed=2)
+    c[0, 1] = z[0, 1] + 1e-3
+    agrees((z, c, None, 0, True))
+
+
 def order_of_programs():
     z, c = (t[[0, 3, 6]] for t in hostile(70, 40, D))
     agrees((z, c, None, 0, True), seeds=(None, 0, 1, 2))
@@ -168,11 +174,12 @@ def every_codeword_equal_or_unusable():
 
 def ties_but_for_rounding():
     """Codewords that are permutations of one another, rows of one value: all distances are equal but for the rounding of
-    products and sums, which the canonical order of features settles."""
-    g = torch.Generator().manual_seed(1)
-    values = draw("lognormal", D, seed=2)
-    c = torch.stack([values[torch.randperm(D, generator=g)] for _ in range(K)])[None]
-    z = draw("gaussian", 1, N, 1, seed=3).expand(1, N, D)
+    products and sums, which the canonical order of features settles. Values so unlike that squares of differences and
+    differences of squares are rounded otherwise."""
+    g = torch.Generator().manual_seed(4)
+    values = (10 * torch.randn(23, generator=g)).exp()
+    c = torch.stack([values[torch.randperm(23, generator=g)] for _ in range(K)])[None]
+    z = 3 * draw("gaussian", 1, N, 1, seed=3).expand(1, N, 23)
     for metric in (0, 2):
         agrees((z, c, None, metric, True), metric)
         agrees((z.double() / 3, c.double() / 7, None, metric, True), metric, "float64")
@@ -284,7 +291,7 @@ def bound_in_python():
 
 
 CHECKS = [
-    hostile_rows_in_every_arithmetic, sixteen_bit_inputs, every_plan, order_of_programs, edges,
+    hostile_rows_in_every_arithmetic, sixteen_bit_inputs, every_plan, many_features, order_of_programs, edges,
     every_codeword_equal_or_unusable, ties_but_for_rounding, scan, most_rows_are_decided, fast, bound_holds, bound_in_python,
 ]  # fmt: skip
 

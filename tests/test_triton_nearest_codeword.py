@@ -15,7 +15,7 @@ printed: list[str] = []  # conftest writes it at the end of the run
 
 
 CHECKS = (
-    "hostile_rows_in_every_arithmetic sixteen_bit_inputs edges every_plan order_of_programs"
+    "hostile_rows_in_every_arithmetic edges sixteen_bit_inputs every_plan order_of_programs many_features"
     " every_codeword_equal_or_unusable ties_but_for_rounding scan most_rows_are_decided fast bound_holds bound_in_python"
 ).split()
 

@@ -15,7 +15,7 @@ from vqkernels.registry import SPECS
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 printed: list[str] = []  # conftest writes it at the end of the run
 CHECKS = (
-    "hostile_residuals other_dtypes magnitudes_of_float64 survivors_hidden_behind_a_lane levels_and_sizes"
+    "hostile_residuals other_dtypes magnitudes_of_float64 survivors_hidden_behind_a_lane levels_and_sizes many_features"
     " rows_that_stop_being_finite losses_add_in_one_order backward rotation_in_steps"
 ).split()
 

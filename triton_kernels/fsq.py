@@ -126,7 +126,8 @@ def _launch(op: str, z: torch.Tensor, levels: list[int]):
     *tables, steps = _tables(tuple(levels), dtype, z.device)
     columns = triton.next_power_of_2(len(levels))
     tuned = dict(config(op, f"D{columns}"))
-    rows = max(1, tuned.pop("ELEMENTS") // columns)
+    elements = tuned.pop("ELEMENTS") * 4 // dtype.itemsize  # doubles take two registers each
+    rows = max(1, elements // columns)
     return (
         tables,
         steps,

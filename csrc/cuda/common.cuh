@@ -33,6 +33,12 @@ inline int multiprocessors() {
   return count;
 }
 
+// Blocks of a kernel that loops over its tasks: one a task, but no more than that many a multiprocessor.
+inline unsigned grid_size(int64_t tasks, int64_t per_multiprocessor) {
+  const int64_t limit = per_multiprocessor * multiprocessors();
+  return static_cast<unsigned>(tasks < 1 ? 1 : tasks < limit ? tasks : limit);
+}
+
 // Null, or why the last launch was refused.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

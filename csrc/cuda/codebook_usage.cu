@@ -22,7 +22,7 @@ constexpr int kSharedBytes = 48 << 10;  // what a kernel may use without asking
 // copies: histograms in shared memory; 0: count in global memory.
 __global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long long* counts, int64_t S, int64_t N,
                              int64_t K, int copies) {
-  extern __shared__ unsigned bins[];
+  VQK_DYNAMIC_SHARED(unsigned, bins);
   for (int64_t s = blockIdx.y; s < S; s += gridDim.y) {
     for (int64_t i = threadIdx.x; i < copies * K; i += kThreads) bins[i] = 0;
     __syncthreads();
@@ -58,8 +58,8 @@ const char* codebook_usage(const CodebookUsageParams& p, void* stream_) {
   const int64_t blocks = (p.N + least - 1) / least, limit = 8ll * multiprocessors();
   const dim3 grid(static_cast<unsigned>(blocks < limit ? blocks : limit),
                   static_cast<unsigned>(p.S < 65535 ? p.S : 65535));
-  count_kernel<<<grid, kThreads, copies * row, stream>>>(p.indices, reinterpret_cast<unsigned long long*>(p.counts),
-                                                         p.S, p.N, p.K, copies);
+  VQK_LAUNCH(count_kernel, grid, kThreads, copies * row, stream, p.indices,
+             reinterpret_cast<unsigned long long*>(p.counts), p.S, p.N, p.K, copies);
   return launch_error();
 }
 

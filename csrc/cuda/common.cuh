@@ -1,10 +1,8 @@
 // What every CUDA kernel shares: 16-bit floats, warp sums, launch checks.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "ptx.cuh"
 
 namespace vqk::cuda {
 

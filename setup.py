@@ -178,8 +178,9 @@ def ninja_file(tools, outputs):
         return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
     cxx, link = tools["cxx"], [*tools["cxx"], "-shared", "-Wl,--exclude-libs,ALL"]
+    flags = quote(tools["cxx_flags"] + include)
     lines = [
-        f"rule cxx\n  command = {quote(cxx)} -MMD -MF $out.d {quote(tools['cxx_flags'] + include)} $flags -c $in -o $out",
+        f"rule cxx\n  command = {quote(cxx)} -MMD -MF $out.d {flags} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
         f"rule link\n  command = {quote(link)} $in -o $out $flags\n  description = link $out",
     ]

@@ -153,16 +153,16 @@ What {nvcc} makes of the kernels in csrc/cuda, written on a machine without a GP
 
     python -m vqkernels.cuda_report --out docs/cuda-report.md
 
-from the built library. `tests/test_cuda_report.py` fails where a kernel spills, has a stack frame or local memory, needs
-more registers or shared memory than planned, lost the instructions that its loop is about, or loads global memory in
-pieces of less than 128 bits without a stated reason.
+from the built library. `tests/test_cuda_report.py` fails where a kernel spills, has a stack frame or local memory,
+needs more registers or shared memory than planned, lost the instructions that its loop is about, or loads global memory
+in pieces of less than 128 bits without a stated reason.
 
 **Nothing here was measured.** Figures that differ between architectures stand as {order}.
 
 - *threads*: of a block. *registers*: of a thread, then the planned limit. *shared*: static + most dynamic bytes.
-- *blocks*: how many fit on a processor with that shared memory, the share of its warps that they fill, and what there is
-  no more of.
-- *loops*: matrix products, their operands' loads from shared memory (LDSM) and asynchronous copies (LDGSTS) within loops.
+- *blocks*: how many fit on a processor with that shared memory, the share of its warps that they fill, and what there
+  is no more of.
+- *loops*: matrix products, loads of their operands from shared memory (LDSM) and asynchronous copies (LDGSTS) in loops.
 - *load, store*: the widest global access in bits. *fp64*: instructions in float64.
 - Spills, stack frames and local memory: none, for every kernel, or the verdict says so.
 """

@@ -115,7 +115,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.nearest_codeword_edges,
             flops=_nearest_flops,
             bytes=lambda z, codebook, *_: _size(z, codebook) + 12 * z.shape[0] * z.shape[1],
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="residual_quantize",
@@ -130,7 +130,7 @@ SPECS: dict[str, OpSpec] = {
             bytes=lambda z, codebooks, *_: (
                 2 * _size(z) + _size(*codebooks) + 8 * len(codebooks) * z.shape[0] * z.shape[1]
             ),
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="residual_quantize_backward",

@@ -23,8 +23,11 @@ struct Codebooks {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(const Tensor& z, std::vector<Tensor> codebooks,
-                                                                 const std::optional<Tensor>& mask, int64_t metric_) {
+// Checks and allocates; launch(params) fills in the results.
+template <class Launch>
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tensor& z, const std::vector<Tensor>& codebooks,
+                                                             const std::optional<Tensor>& mask, int64_t metric_,
+                                                             Launch launch) {
   const char* op = "residual_quantize";
   DType type = dtype(op, z);
   Codebooks books(op, z, codebooks);
@@ -36,23 +39,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(const Tensor& z
   Tensor quantized = empty(z, {H, N, D}, z.scalar_type());
   Tensor losses = empty(z, {Q}, accumulate_dtype(z));
   Tensor valid = empty(z, {}, ScalarType::Long);
-  cpu::residual_quantize({.z = zc.const_data_ptr(),
-                          .codebooks = books.data.data(),
-                          .K = books.K.data(),
-                          .mask = mc ? static_cast<const bool*>(mc->const_data_ptr()) : nullptr,
-                          .indices = static_cast<int64_t*>(indices.mutable_data_ptr()),
-                          .quantized = quantized.mutable_data_ptr(),
-                          .losses = losses.mutable_data_ptr(),
-                          .valid = static_cast<int64_t*>(valid.mutable_data_ptr()),
-                          .H = H,
-                          .N = N,
-                          .Q = Q,
-                          .D = D,
-                          .dtype = type,
-                          .metric = metric(op, metric_)},
-                         torch_threads(op));
+  launch(op, ResidualQuantizeParams{.z = zc.const_data_ptr(),
+                                    .codebooks = books.data.data(),
+                                    .K = books.K.data(),
+                                    .mask = mc ? static_cast<const bool*>(mc->const_data_ptr()) : nullptr,
+                                    .indices = static_cast<int64_t*>(indices.mutable_data_ptr()),
+                                    .quantized = quantized.mutable_data_ptr(),
+                                    .losses = losses.mutable_data_ptr(),
+                                    .valid = static_cast<int64_t*>(valid.mutable_data_ptr()),
+                                    .H = H,
+                                    .N = N,
+                                    .Q = Q,
+                                    .D = D,
+                                    .dtype = type,
+                                    .metric = metric(op, metric_)});
   return {indices, quantized, losses, valid};
 }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(const Tensor& z, std::vector<Tensor> codebooks,
+                                                                 const std::optional<Tensor>& mask, int64_t metric) {
+  return residual_quantize(z, codebooks, mask, metric, [](const char* op, const ResidualQuantizeParams& p) {
+    cpu::residual_quantize(p, torch_threads(op));
+  });
+}
+
+#ifdef VQK_WITH_CUDA
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_cuda(const Tensor& z, std::vector<Tensor> codebooks,
+                                                                  const std::optional<Tensor>& mask, int64_t metric) {
+  torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  return residual_quantize(z, codebooks, mask, metric, [&](const char* op, const ResidualQuantizeParams& p) {
+    Tensor workspace = empty(z, {cuda::residual_quantize_workspace(p)}, ScalarType::Byte);
+    check_cuda(op, cuda::residual_quantize(p, workspace.mutable_data_ptr(), cuda_stream(op, z)));
+  });
+}
+#endif
 
 Tensor residual_quantize_backward_cpu(const Tensor& z, std::vector<Tensor> codebooks, const Tensor& indices,
                                       const Tensor& grad, const Tensor& commitment_scale, int64_t estimator_,
@@ -95,3 +115,9 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("residual_quantize", TORCH_BOX(&vqk::bind::residual_quantize_cpu));
   m.impl("residual_quantize_backward", TORCH_BOX(&vqk::bind::residual_quantize_backward_cpu));
 }
+
+#ifdef VQK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
+  m.impl("residual_quantize", TORCH_BOX(&vqk::bind::residual_quantize_cuda));
+}
+#endif

@@ -190,7 +190,7 @@ def ninja_file(tools, outputs):
         compile_cuda = quote(nvcc + tools["nvcc_flags"] + tools["gencode"] + include)
         link_cuda = quote([*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"])
         lines += [
-            f"rule nvcc\n  command = {compile_cuda} -MMD -MF $out.d -c $in -o $out",
+            f"rule nvcc\n  command = {compile_cuda} -MMD -MF $out.d -c $in -o $out && times > $out.times",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
             f"rule link_cuda\n  command = {link_cuda} $in -o $out $flags\n  description = link $out",
         ]
@@ -244,14 +244,17 @@ class BuildExt(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, target)
-        PLAN["cuda_seconds"] = compile_seconds((folder / ".ninja_log").read_text())
+        PLAN["cuda_seconds"] = compile_seconds(folder)
         write_info(self.distribution.get_version())
 
 
-def compile_seconds(log):
-    """{op: seconds that nvcc took for its file, for all architectures}, from ninja's log; the last entry counts."""
-    entries = [line.split("\t") for line in log.splitlines() if "\tcuda/" in line]
-    return {Path(entry[3]).name.split(".")[0]: (int(entry[1]) - int(entry[0])) / 1000 for entry in entries}
+def compile_seconds(folder):
+    """{op: seconds of one core that nvcc took for its file, for all architectures}, from what the shell noted."""
+    return {
+        path.name.split(".")[0]: round(sum(60 * int(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", text)), 1)
+        for path in sorted(folder.glob("cuda/*.times"))
+        for text in [path.read_text()]
+    }
 
 
 def write_info(version):

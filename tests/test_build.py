@@ -93,6 +93,23 @@ def test_cuda_kernels_are_registered_when_built():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqkernels::{op}", "CUDA") == info["cuda"]
 
 
+def test_compile_time_of_each_cuda_file():
+    info = json.loads((PACKAGE / "_build_info.json").read_text())
+    seconds = info.get("cuda_seconds", {})
+    assert set(seconds) == ({path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} if info["cuda"] else set())
+    slow = {op: s for op, s in seconds.items() if s > 60}
+    assert not slow, f"nvcc takes more than a minute of one core for {slow}: fewer template instances, or two files"
+
+
+def test_strict_turns_warnings_into_errors(build, tmp_path):
+    for strict in ("0", "1"):
+        info, tools = build.make_plan(os.environ | {"VQK_STRICT": strict})
+        (tmp_path / "build.ninja").write_text(build.ninja_file(tools, ["_C.so", "_native.so"]))
+        rules = re.findall(r"^  command = (.*-c \$in.*)$", (tmp_path / "build.ninja").read_text(), re.M)
+        assert len(rules) == 1 + info["cuda"] and all(("-Werror" in rule) == (strict == "1") for rule in rules)
+        assert ("--warning-as-error" in rules[-1]) == (strict == "1" and info["cuda"])
+
+
 def test_cuda_auto_without_nvcc_builds_the_rest(build, tools):
     info, tool = build.make_plan({"PATH": tools("g++")})
     assert info["cpu"] and not info["cuda"] and tool["nvcc"] is None

@@ -160,13 +160,13 @@ in pieces of less than 128 bits without a stated reason.
 **Nothing here was measured.** Figures that differ between architectures stand as {order}.
 
 - *threads*: of a block. *registers*: of a thread, then the planned limit. *shared*: static + most dynamic bytes.
-- *blocks*: how many fit on a processor with that shared memory, the share of its warps that they fill, and what there
-  is no more of.
+- *blocks*: how many fit on a processor with that shared memory; *filled*: the share of its warps that they fill;
+  *limit*: what there is no more of.
 - *loops*: matrix products, loads of their operands from shared memory (LDSM) and asynchronous copies (LDGSTS) in loops.
 - *load, store*: the widest global access in bits. *fp64*: instructions in float64.
 - Spills, stack frames and local memory: none, for every kernel, or the verdict says so.
 """
-COLUMNS = "kernel threads registers shared blocks loops load,store fp64 instructions"
+COLUMNS = "kernel threads registers shared blocks filled limit loops load,store fp64"
 
 
 def markdown(rows: list[Row], seconds: dict[str, float], nvcc: str) -> str:
@@ -174,7 +174,7 @@ def markdown(rows: list[Row], seconds: dict[str, float], nvcc: str) -> str:
     order = " / ".join(sorted({row.target for row in rows}, key=lambda target: int(target[3:])))
     parts = [HEAD.format(nvcc=nvcc, order=order)]
     for file, group in itertools.groupby(sorted(rows, key=lambda r: (r.file, r.kernel)), lambda r: r.file):
-        took = f"Compiled in {seconds[file]:.0f} s, all architectures.\n\n" if file in seconds else ""
+        took = f"Compiled in {seconds[file]:.0f} seconds of one core.\n\n" if file in seconds else ""
         columns = [column.replace(",", ", ") for column in COLUMNS.split()]
         parts.append(f"\n## {file}\n\n{took}| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n")
         for kernel, same in itertools.groupby(group, lambda r: r.kernel):
@@ -199,11 +199,12 @@ def _line(kernel: str, rows: list[Row]) -> str:
         each(lambda row: row.threads),
         each(lambda row: row.code.registers) + (f" ≤ {plan.registers}" if plan else ""),
         each(lambda row: row.code.static_shared) + f" + {plan.shared if plan else 0}",
-        each(lambda row: f"{fit(row).blocks} ({fit(row).share:.0%}, {fit(row).limit})"),
+        each(lambda row: fit(row).blocks),
+        each(lambda row: f"{fit(row).share:.0%}"),
+        each(lambda row: fit(row).limit),
         each(loops),
         each(lambda row: f"{row.code.load or '–'}, {row.code.store or '–'}"),
         each(lambda row: row.code.fp64),
-        each(lambda row: row.code.instructions),
     )
     return "| " + " | ".join(cells) + " |\n"
 

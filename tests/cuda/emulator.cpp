@@ -72,8 +72,9 @@ size_t arena_used;
 std::map<const Place*, void*> variables;
 std::vector<char*> free_stacks, used_stacks;
 std::vector<void*> used_arenas;
-std::deque<void*> fibers;
-char launch_end, global_fence;
+std::vector<void*> fibers;
+size_t fibers_used;
+char block_start, launch_end, global_fence;
 
 Lane& me() { return *static_cast<Lane*>(current); }
 
@@ -125,6 +126,21 @@ void release([[maybe_unused]] void* at) {
 void acquire([[maybe_unused]] void* at) {
 #ifdef VQK_TSAN
   __tsan_acquire(at);
+#endif
+}
+
+// One for every thread of a launch, made once and kept: they cost TSan much. A launch with more threads than it can tell
+// apart uses them again, and a race between the two goes unseen.
+void* next_fiber() {
+#ifdef VQK_TSAN
+  if (fibers_used == kSanitizerFibers) fibers_used = 0;
+  if (fibers_used == fibers.size()) fibers.push_back(__tsan_create_fiber(0));
+  act_as(fibers[fibers_used]);
+  acquire(&block_start);
+  act_as(scheduler.tsan);
+  return fibers[fibers_used++];
+#else
+  return nullptr;
 #endif
 }
 
@@ -273,6 +289,7 @@ void begin_block(uint3 block) {
   arena = static_cast<unsigned char*>(memory);
   std::memset(arena, 0xff, size);
   used_arenas.push_back(arena);
+  release(&block_start);
   arena_used = launch.shared_bytes;
 #ifdef VQK_ASAN
   ASAN_POISON_MEMORY_REGION(arena + launch.shared_bytes, size - launch.shared_bytes);
@@ -292,10 +309,7 @@ void begin_block(uint3 block) {
     lane.lane = lane.number % 32;
     lane.stack = new_stack();
     prepare(lane, start);
-#ifdef VQK_TSAN
-    lane.tsan = __tsan_create_fiber(0);
-    fibers.push_back(lane.tsan);
-#endif
+    lane.tsan = next_fiber();
   }
 }
 
@@ -303,10 +317,7 @@ void end_block() {
 #ifdef VQK_ASAN
   ASAN_UNPOISON_MEMORY_REGION(arena, running->shared_bytes + kStaticShared + 64 * kRedZone);
 #endif
-#ifdef VQK_TSAN
-  // They live until the launch ends: gcc's TSan gives a thread's number away again, and with it races between blocks.
-  while (fibers.size() > kSanitizerFibers - 1024) __tsan_destroy_fiber(fibers.front()), fibers.pop_front();
-#else
+#ifndef VQK_TSAN
   reuse();
 #endif
 }
@@ -434,6 +445,7 @@ void run(const Launch& l) {
   random_numbers.seed(settings.seed);
 #ifdef VQK_TSAN
   scheduler.tsan = __tsan_get_current_fiber();
+  fibers_used = 0;
 #endif
   std::vector<uint64_t> blocks(static_cast<uint64_t>(l.grid.x) * l.grid.y * l.grid.z);
   for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
@@ -443,10 +455,6 @@ void run(const Launch& l) {
     run_block({x, yz % l.grid.y, yz / l.grid.y});
   }
   acquire(&launch_end);
-#ifdef VQK_TSAN
-  for (void* fiber : fibers) __tsan_destroy_fiber(fiber);
-  fibers.clear();
-#endif
   reuse();
 }
 

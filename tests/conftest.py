@@ -22,6 +22,6 @@ def pytest_terminal_summary(terminalreporter):
     pairs = sys.modules.get("layer_pairs")
     if pairs is not None and pairs.record.comparisons:
         terminalreporter.write_line(pairs.record.summary())
-    for module in ("test_triton", "test_ptx_kernels"):
+    for module in ("test_triton", "test_ptx_kernels", "test_cuda", "test_ptx_nvcc"):
         for line in getattr(sys.modules.get(module), "printed", ()):
             terminalreporter.write_line(line)

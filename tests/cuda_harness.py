@@ -61,8 +61,8 @@ def toolkit() -> list[str]:
 @functools.cache
 def programs() -> dict[str, list[str]]:
     """One program a .cu file: {its name: the operators it has calls of}."""
-    found = {path.stem: re.findall(r"^VQK_CALL\((\w+)\)", path.read_text(), re.M) for path in SOURCES.glob("*.cpp")}
-    return {name: ops for name, ops in sorted(found.items()) if ops}
+    names = sorted(path.stem for path in SOURCES.glob("*.cpp") if (ROOT / f"csrc/cuda/{path.stem}.cu").exists())
+    return {name: re.findall(r"^VQK_CALL\((\w+)\)", (SOURCES / f"{name}.cpp").read_text(), re.M) for name in names}
 
 
 def _fused() -> list[str]:
@@ -71,17 +71,17 @@ def _fused() -> list[str]:
     return ["-mavx2", "-mfma", "-ffp-contract=fast"] if "fma" in words and "avx2" in words else []
 
 
-def build(wanted: list[tuple[str, str]], folder: Path = FOLDER, kernels: Path = ROOT / "csrc/cuda", define=()) -> str:
+def build(wanted: list[tuple[str, str]], folder: Path = FOLDER, kernels: Path = ROOT / "csrc/cuda") -> str:
     """Compiles (program, build) pairs with ninja, what has changed; returns the compiler's messages if it failed.
     A program lies at folder/build/program, the plain one also as a shared library beside it."""
-    include = ["-I", SOURCES, "-I", ROOT / "csrc/include", *toolkit()]
+    include = ["-I", SOURCES, "-I", ROOT / "csrc/include", "-I", ROOT / "csrc/cuda", *toolkit()]
     lines = [
         "rule cxx\n  command = g++ -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = g++ $flags $in -o $out",
     ]
     targets = []
     for kind in sorted({kind for _, kind in wanted}):
-        instrumented = shlex.join(map(str, [*FLAGS, *SANITIZERS[kind].split(), *(_fused() if kind == "plain" else []), *define, *include]))
+        instrumented = shlex.join(map(str, [*FLAGS, *SANITIZERS[kind].split(), *(_fused() if kind == "plain" else []), *include]))
         bare = shlex.join(map(str, [*FLAGS, "-O2", *SEEN.get(kind, []), *include]))
         at = folder / kind
         common = []
@@ -144,20 +144,14 @@ def _argument(value) -> bytes:
 
 @dataclass
 class Case:
-    """One call of one operator."""
+    """One call of one operator; ``outputs`` say what comes out, their values do not matter."""
 
     op: str
     label: str
     args: tuple
+    outputs: tuple[Tensor, ...]
     seed: int = 1
     runs: int = 1
-
-    def __post_init__(self):
-        from vqkernels.registry import SPECS
-
-        self.spec = SPECS[self.op]
-        out = self.spec.fake(*self.args)
-        self.outputs = out if isinstance(out, tuple) else (out,)
 
     def encoded(self) -> bytes:
         capability = CAPABILITIES[self.seed % len(CAPABILITIES)]
@@ -221,19 +215,19 @@ def _largest(args) -> int:
 def cases_of(program: str, kind: str, dtype: str = "") -> list[Case]:
     from vqkernels.registry import SPECS
 
-    every = [
-        (op, f"{op} {str(type_)[6:]} {label}", args)
-        for op in programs()[program]
-        for type_ in SPECS[op].dtypes
-        for label, args in chosen(op, type_, kind)
-        if dtype in str(type_)
-    ]
-    return [Case(*case, seed=number, runs=RUNS[kind]) for number, case in enumerate(every)]
+    cases = []
+    for op in programs()[program]:
+        for type_ in SPECS[op].dtypes:
+            for label, args in chosen(op, type_, kind) if dtype in str(type_) else ():
+                out = SPECS[op].fake(*args)
+                label = f"{op} {str(type_)[6:]} {label}"
+                cases.append(Case(op, label, args, out if isinstance(out, tuple) else (out,), len(cases), RUNS[kind]))
+    return cases
 
 
-def execute(path: Path, cases: list[Case], kind: str) -> tuple[str, list[tuple[str, tuple]], list[str]]:
-    """Runs a program: what it said if it ended early; (what is wrong, outputs) of each case; kernels not launched."""
-    calls, results = path.with_name(f"{path.name}.{os.getpid()}.calls"), path.with_name(f"{path.name}.{os.getpid()}.results")
+def execute(path: Path, cases: list[Case], kind: str, name: str = "all") -> tuple[str, list[tuple[str, tuple]], list[str]]:
+    """Runs a program (``name`` tells apart two that run at a time): what it said if it ended early; (what is wrong, outputs) of each case; kernels not launched."""
+    calls, results = (path.with_name(f"{path.name}.{name}.{os.getpid()}.{what}") for what in ("calls", "results"))
     calls.write_bytes(_integers(len(cases)) + b"".join(_text(case.label) + case.encoded() for case in cases))
     options = {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
@@ -273,6 +267,7 @@ def _read_text(data: bytes, at: int) -> tuple[str, int]:
 def check(program: str, kind: str, dtype: str = "", folder: Path = FOLDER) -> Result:
     """All cases of a program that was built, judged like any other backend."""
     from vqkernels import verify
+    from vqkernels.registry import SPECS
 
     result, start = Result(program, kind), time.monotonic()
     cases = cases_of(program, kind, dtype)
@@ -281,7 +276,7 @@ def check(program: str, kind: str, dtype: str = "", folder: Path = FOLDER) -> Re
     if said:
         result.wrong.append(said)
     for case, (wrong, outputs) in zip(cases, answers):
-        detail, error = (wrong, 0.0) if wrong else verify.judge(case.spec, outputs, case.args)
+        detail, error = (wrong, 0.0) if wrong else verify.judge(SPECS[case.op], outputs, case.args)
         result.worst = max(result.worst, error)
         if detail:
             result.wrong.append(f"{case.label}, seed {case.seed}: {detail}")
@@ -300,8 +295,14 @@ def _demangle():
 
 def demangled(name: str) -> str:
     """A kernel's name with its template arguments, from the name of vqk::emulator::Kernel<it> or from PTX."""
-    text = _demangle()("_Z" + name if not name.startswith("_Z") else name)
-    return text.removeprefix("vqk::emulator::Kernel<&(").removesuffix(")>")
+    text = _demangle()(name if name.startswith("_Z") else "_Z" + name)
+    text = text.split("(anonymous namespace)::", 1)[-1]
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if depth < 0 or (depth == 0 and letter == "("):
+            return text[:at]
+    return text
 
 
 def main(words: list[str]) -> int:

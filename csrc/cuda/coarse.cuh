@@ -271,9 +271,15 @@ using Accumulators = float[4][8][4];
 
 __device__ inline int shared_place(int row, int piece) { return row * kTile + ((piece ^ (row & 7)) << 4); }
 
-inline int pass_shared_bytes(int64_t copy_bytes) {
+__host__ __device__ inline int pass_shared_bytes(int64_t copy_bytes) {
   const int64_t chunks = (copy_bytes + kTile - 1) / kTile;
   return static_cast<int>((chunks <= kResidentChunks ? chunks : kStages) + kStages) * kChunkBytes;
+}
+
+// So much dynamic shared memory for the next launches; a device that has less refuses them.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 // Dot products of a block's 128 rows with the codewords of tiles [tile, last_tile): epilogue(tile, accumulators) for

@@ -237,11 +237,6 @@ struct Workspace {
   }
 };
 
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 // z and codebook as they are compared: as they came, or normalised.
 template <class T>
 void search(const NearestCodewordParams& p, const void* z_, const void* codebook_, const Workspace& w,

@@ -1,5 +1,5 @@
 // residual_quantize: r_0 = z; k_l = nearest(r_{l-1}); r_l = r_{l-1} - c_l; quantized = (c_1 + c_2) + ...
-#include "search.cuh"
+#include "coarse.cuh"
 #include "vqk/launch.h"
 
 namespace vqk::cuda {
@@ -7,15 +7,26 @@ namespace {
 
 constexpr int kScanThreads = 128;
 constexpr int kLossThreads = 256;
+constexpr int kLanes = 8;  // threads that share the scores of one row
 
 // One level, where kernels find it: in device memory, because Q has no limit.
 struct Level {
   const void* codebook;  // [H,K,D] dtype
   const void* unit;      // cosine: normalised, float (double for f64)
+  CoarseCodebook coarse;
   int64_t K;
 };
 
-__global__ void set_level_kernel(Level* to, Level level) { *to = level; }
+constexpr int kLevelsAtOnce = 8;
+struct Levels {
+  Level level[kLevelsAtOnce];
+};
+
+__global__ void set_levels_kernel(Level* to, Levels levels, int count) {
+#pragma unroll
+  for (int i = 0; i < kLevelsAtOnce; ++i)
+    if (i < count) to[i] = levels.level[i];
+}
 
 // One warp takes one row through all levels. residual [rows,D]; sums [Q,rows]; counts [rows].
 template <class T>
@@ -75,6 +86,157 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
+// Block: 128 rows of one head through all levels. residual, unit [H,N,D]; copies: of the rows, where they do not stay
+// in shared memory; squares [Q,H,N]; sums [Q,blocks]; counts [blocks].
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    levels_kernel(const T* z, const Level* __restrict__ levels, const bool* __restrict__ mask, wide_t<T>* residual,
+                  wide_t<T>* unit, char* copies, int64_t* indices, T* quantized, double* squares, double* sums,
+                  int64_t* counts, int64_t H, int64_t N, int64_t Q, int64_t D, Metric metric) {
+  using A = wide_t<T>;
+  VQK_DYNAMIC_SHARED(char, shared);
+  VQK_SHARED(Survivors, survivors, );
+  VQK_SHARED(Margin, margins, [kTile]);
+  VQK_SHARED(float, limits, [kTile]);
+  VQK_SHARED(int64_t, chosen, [kTile]);  // index of the level, -1: the row is out
+  const Place place;
+  const int64_t blocks = (N + kTile - 1) / kTile, h = blockIdx.x / blocks, first = blockIdx.x % blocks * kTile;
+  const int64_t bytes = copy_bytes<Fp16>(D), base = h * N + first, left = N - first;
+  const int here = static_cast<int>(left < kTile ? left : kTile);  // rows
+  const bool l2 = metric == Metric::l2, cosine = metric == Metric::cosine, resident = bytes <= kResidentChunks * kTile;
+  const int group = threadIdx.x / 8, in_group = threadIdx.x % 8;  // eight lanes a row, wherever features are walked
+  const A* const x = cosine ? unit : residual;
+  char* const copy = copies + static_cast<int64_t>(blockIdx.x) * kTile * bytes;
+  Lowest* const lanes = reinterpret_cast<Lowest*>(shared + pass_shared_bytes(bytes) - kStages * kChunkBytes);
+  for (int w = 0; w < kTile / 32; ++w) survivors[threadIdx.x][w] = 0;
+
+  for (int i = group; i < kTile; i += kTileThreads / 8) {
+    const bool wanted = i < here && !(mask && !mask[base + i]);
+    if (in_group == 0) chosen[i] = wanted ? 0 : -1;
+    for (int64_t d = in_group; d < D && wanted; d += 8)
+      residual[(base + i) * D + d] = static_cast<A>(to_double(z[(base + i) * D + d]));
+  }
+  __syncthreads();
+
+  for (int64_t l = 0; l < Q; ++l) {
+    const CoarseCodebook coarse = levels[l].coarse;
+    const float* half_norms = coarse.half_norms + h * coarse.padded_K;
+    const char* codes = coarse.copy + h * coarse.padded_K * bytes;
+    const int tiles = static_cast<int>(coarse.padded_K / kTile);
+    if (cosine) {
+      normalize_rows(residual, unit, base + threadIdx.x / 32 * 32, base + here, D);
+      __syncthreads();
+    }
+    for (int i = group; i < kTile; i += kTileThreads / 8) {
+      const double magnitude = largest_magnitude(x + (base + i) * D, D, chosen[i] >= 0);
+      const Lengths lengths = copy_row<Fp16>(
+          x + (base + i) * D, D, magnitude >= 0, exponent(magnitude), [&](int word, uint32_t value) {
+            char* to = resident ? shared + word / 32 * kChunkBytes + shared_place(i, word / 4 % 8) + word % 4 * 4
+                                : copy + i * bytes + word * 4;
+            *reinterpret_cast<uint32_t*>(to) = value;
+          });
+      if (in_group == 0) margins[i] = row_margin<A>(bytes / 2, magnitude, lengths, coarse.largest[h], l2);
+    }
+    __syncthreads();
+
+    float ratio[8];
+    Lowest lowest[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) ratio[r] = margins[place.first_row + 8 * r].ratio, lowest[r] = kNothing;
+    auto at = [](int i) { return static_cast<int64_t>(i); };
+    coarse_pass<Fp16>(shared, resident ? nullptr : copy, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
+      keep_lowest(acc, half_norms, tile, ratio, lowest);
+    });
+#pragma unroll
+    for (int r = 0; r < 8; ++r)
+      lanes[(place.first_row + 8 * r) * kLanes + threadIdx.x / 64 * 4 + threadIdx.x % 4] = lowest[r];
+    __syncthreads();
+
+    // Row threadIdx.x: decided, or its lanes' best compared, or scored again because a lane hides another.
+    const int row = threadIdx.x;
+    const float margin = margins[row].margin;
+    float best = HUGE_VALF, second = HUGE_VALF;
+    for (int i = 0; i < kLanes; ++i) {
+      best = fminf(best, lanes[row * kLanes + i].best);
+      second = fminf(second, lanes[row * kLanes + i].second);
+    }
+    const bool alive = margin >= 0 && best < HUGE_VALF;
+    const bool hidden = alive && second < HUGE_VALF && second - best <= margin;
+    int near = 0;
+    int64_t last = -1;
+    for (int i = 0; i < kLanes && alive; ++i) {
+      const Lowest& lane = lanes[row * kLanes + i];
+      if (lane.best < HUGE_VALF && lane.best - best <= margin) ++near, last = lane.index;
+    }
+    Choice choice;
+    choice.index = alive && !hidden && near == 1 ? last : -1;
+    const T* codewords = static_cast<const T*>(levels[l].codebook) + h * levels[l].K * D;
+    const A* units = static_cast<const A*>(levels[l].unit) + (cosine ? h * levels[l].K * D : 0);
+    const A* mine = x + (base + row) * D;
+    for (int i = 0; i < kLanes && near > 1 && !hidden; ++i) {
+      const Lowest& lane = lanes[row * kLanes + i];
+      if (!(lane.best < HUGE_VALF && lane.best - best <= margin)) continue;
+      if (cosine) choice.compare(mine, units, lane.index, D, false);
+      else choice.compare(mine, codewords, lane.index, D, l2);
+    }
+    limits[row] = hidden ? best + margin : -HUGE_VALF;
+    if (__syncthreads_or(hidden)) {
+      float limit[8];
+#pragma unroll
+      for (int r = 0; r < 8; ++r) limit[r] = limits[place.first_row + 8 * r];
+      coarse_pass<Fp16>(shared, resident ? nullptr : copy, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
+        mark_survivors(acc, half_norms, tile, ratio, limit, survivors);
+        __syncthreads();
+        if (cosine) compare_survivors(survivors, tile, mine, units, D, false, choice);
+        else compare_survivors(survivors, tile, mine, codewords, D, l2, choice);
+        __syncthreads();
+      });
+    }
+    chosen[row] = choice.hopeless ? -1 : choice.index;
+    if (row < here) indices[(base + row) * Q + l] = chosen[row];
+    __syncthreads();
+
+    for (int i = group; i < kTile; i += kTileThreads / 8) {
+      double square = 0;
+      const int64_t k = chosen[i];
+      for (int64_t d = in_group; d < D && k >= 0; d += 8) {
+        A& r = residual[(base + i) * D + d];
+        r -= static_cast<A>(to_double(codewords[k * D + d]));
+        square += static_cast<double>(r) * r;
+      }
+      square = group_sum(square);
+      if (in_group == 0 && i < here) squares[l * H * N + base + i] = square;
+    }
+    __syncthreads();
+  }
+
+  for (int i = group; i < kTile; i += kTileThreads / 8) {
+    const bool alive = largest_magnitude(residual + (base + i) * D, D, chosen[i] >= 0) >= 0;
+    if (in_group == 0) chosen[i] = alive ? 0 : -1;
+    if (i >= here) continue;
+    const bool masked = mask && !mask[base + i];
+    for (int64_t d = in_group; d < D; d += 8) {
+      A total = masked ? 0 : NAN;
+      for (int64_t l = 0; l < Q && alive; ++l) {
+        const int64_t k = indices[(base + i) * Q + l];
+        const T* codebook = static_cast<const T*>(levels[l].codebook);
+        const A c = static_cast<A>(to_double(codebook[(h * levels[l].K + k) * D + d]));
+        total = l == 0 ? c : total + c;
+      }
+      round_to(total, quantized + (base + i) * D + d);
+    }
+    for (int64_t l = in_group; l < Q && !alive; l += 8) indices[(base + i) * Q + l] = -1;
+  }
+  const int valid = __syncthreads_count(chosen[threadIdx.x] >= 0);
+  if (threadIdx.x == 0) counts[blockIdx.x] = valid;
+  for (int64_t l = threadIdx.x / 32; l < Q; l += kTileThreads / 32) {
+    double sum = 0;
+    for (int i = threadIdx.x % 32; i < here; i += 32) sum += chosen[i] >= 0 ? squares[l * H * N + base + i] : 0;
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[l * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
 // Block l: losses[l] = sum of sums[l,:] / (valid rows x D); valid = sum of counts. In one fixed order.
 template <class A>
 __global__ void __launch_bounds__(kLossThreads)
@@ -103,53 +265,100 @@ __global__ void __launch_bounds__(kLossThreads)
   if (blockIdx.x == 0) *valid = rows;
 }
 
-struct Workspace {
-  Level* levels;
-  void* residual;  // [H,N,D] float (double for f64), as are
-  void* unit;      // [H,N,D] for cosine, and
-  void* units;     // the normalised codebooks, one after the other
-  double* sums;    // [Q,parts]
-  int64_t* counts;  // [parts]
-  int64_t parts, bytes;
+// A scan where there is little work or no bound, else the coarse pass.
+bool scans(const ResidualQuantizeParams& p) {
+  int64_t codes = 0;
+  for (int64_t l = 0; l < p.Q; ++l) codes += p.K[l];
+  return p.N * codes * p.D <= kScanWork || p.D > kMaxFeatures;
+}
 
-  Workspace(const ResidualQuantizeParams& p, void* base) : parts(p.H * p.N) {
-    Scratch scratch(base);
+struct Workspace {
+  bool scan;
+  int64_t parts;  // of the rows: those of a block, or each
+  Level* levels;
+  void* residual;  // [H,N,D] float (double for f64), as is
+  void* unit;      // [H,N,D] for cosine
+  char* copies;
+  double *squares, *sums;  // [Q,H,N], [Q,parts]
+  int64_t* counts;         // [parts]
+  Scratch scratch;
+
+  Workspace(const ResidualQuantizeParams& p, void* base) : scan(scans(p)), scratch(base) {
+    const int64_t rows = p.H * p.N, blocks = p.H * ((p.N + kTile - 1) / kTile), bytes = copy_bytes<Fp16>(p.D);
+    parts = scan ? rows : blocks;
     levels = scratch.take<Level>(p.Q);
-    residual = dtype_size(p.dtype) > 2 ? p.quantized : scratch.take<float>(p.H * p.N * p.D);
-    const int64_t size = p.metric != Metric::cosine ? 0 : p.dtype == DType::f64 ? 8 : 4;
-    int64_t codes = 0;
-    for (int64_t l = 0; l < p.Q; ++l) codes += p.K[l];
-    unit = scratch.take<char>(size * p.H * p.N * p.D);
-    units = scratch.take<char>(size * p.H * codes * p.D);
+    residual = dtype_size(p.dtype) > 2 ? p.quantized : scratch.take<float>(rows * p.D);
+    unit = scratch.take<char>(unit_size(p) * rows * p.D);
+    copies = scratch.take<char>(scan || bytes <= kResidentChunks * kTile ? 0 : blocks * kTile * bytes);
+    squares = scratch.take<double>(scan ? 0 : p.Q * rows);
     sums = scratch.take<double>(p.Q * parts);
     counts = scratch.take<int64_t>(parts);
-    bytes = scratch.bytes();
+  }
+
+  static int64_t unit_size(const ResidualQuantizeParams& p) {
+    return p.metric != Metric::cosine ? 0 : p.dtype == DType::f64 ? 8 : 4;
+  }
+
+  // Its arrays; those of the level before where it has the same codebook.
+  Level take_level(const ResidualQuantizeParams& p, int64_t l, const Level& before) {
+    if (l > 0 && p.codebooks[l] == p.codebooks[l - 1] && p.K[l] == p.K[l - 1]) return before;
+    Level level = {p.codebooks[l], scratch.take<char>(unit_size(p) * p.H * p.K[l] * p.D), {}, p.K[l]};
+    if (!scan) level.coarse = take_codebook<Fp16>(scratch, p.H, p.K[l], p.D);
+    return level;
   }
 };
 
 template <class T>
+void prepare(const ResidualQuantizeParams& p, const Level& level, bool scan, cudaStream_t stream) {
+  if (p.metric == Metric::cosine) {
+    void* unit = const_cast<void*>(level.unit);
+    normalize<T>(level.codebook, unit, p.H * level.K, p.D, stream);
+    if (!scan) copy_codebook<Fp16, wide_t<T>>(unit, level.coarse, p.H, level.K, p.D, false, stream);
+  } else if (!scan) {
+    copy_codebook<Fp16, T>(level.codebook, level.coarse, p.H, level.K, p.D, p.metric == Metric::l2, stream);
+  }
+}
+
+template <class T>
 void run(const ResidualQuantizeParams& p, void* workspace, cudaStream_t stream) {
   using A = wide_t<T>;
-  const Workspace w(p, workspace);
+  Workspace w(p, workspace);
   const int64_t rows = p.H * p.N;
-  A* unit = static_cast<A*>(w.units);
-  for (int64_t l = 0; l < p.Q; ++l) {
-    VQK_LAUNCH(set_level_kernel, 1, 1, 0, stream, w.levels + l, (Level{p.codebooks[l], unit, p.K[l]}));
-    if (p.metric != Metric::cosine) continue;
-    normalize<T>(p.codebooks[l], unit, p.H * p.K[l], p.D, stream);
-    unit += p.H * p.K[l] * p.D;
+  Levels levels = {};
+  for (int64_t l = 0; l < p.Q && rows > 0; ++l) {
+    const Level before = levels.level[l ? (l - 1) % kLevelsAtOnce : 0];
+    Level& level = levels.level[l % kLevelsAtOnce];
+    level = w.take_level(p, l, before);
+    if (l == 0 || p.codebooks[l] != p.codebooks[l - 1] || p.K[l] != p.K[l - 1]) prepare<T>(p, level, w.scan, stream);
+    const int count = static_cast<int>(l % kLevelsAtOnce) + 1;
+    if (count == kLevelsAtOnce || l == p.Q - 1)
+      VQK_LAUNCH(set_levels_kernel, 1, 1, 0, stream, w.levels + l - count + 1, levels, count);
   }
-  if (rows > 0)
-    VQK_LAUNCH(scan_kernel<T>, grid_size((rows + 3) / 4, 16), kScanThreads, 0, stream, static_cast<const T*>(p.z),
-               w.levels, p.mask, static_cast<A*>(w.residual), static_cast<A*>(w.unit), p.indices, static_cast<T*>(p.quantized), w.sums, w.counts,
-               rows, p.N, p.Q, p.D, p.metric);
+  const T* z = static_cast<const T*>(p.z);
+  A *residual = static_cast<A*>(w.residual), *unit = static_cast<A*>(w.unit);
+  T* quantized = static_cast<T*>(p.quantized);
+  if (rows > 0 && w.scan) {
+    VQK_LAUNCH(scan_kernel<T>, grid_size((rows + 3) / 4, 16), kScanThreads, 0, stream, z, w.levels, p.mask, residual,
+               unit, p.indices, quantized, w.sums, w.counts, rows, p.N, p.Q, p.D, p.metric);
+  } else if (rows > 0) {
+    const int shared = pass_shared_bytes(copy_bytes<Fp16>(p.D));
+    allow_shared(levels_kernel<T>, shared);
+    VQK_LAUNCH(levels_kernel<T>, static_cast<unsigned>(w.parts), kTileThreads, shared, stream, z, w.levels, p.mask,
+               residual, unit, w.copies, p.indices, quantized, w.squares, w.sums, w.counts, p.H, p.N, p.Q, p.D,
+               p.metric);
+  }
   VQK_LAUNCH(losses_kernel<A>, static_cast<unsigned>(p.Q), kLossThreads, 0, stream, w.sums, w.counts,
              static_cast<A*>(p.losses), p.valid, w.parts, p.D);
 }
 
 }  // namespace
 
-int64_t residual_quantize_workspace(const ResidualQuantizeParams& p) { return Workspace(p, nullptr).bytes; }
+int64_t residual_quantize_workspace(const ResidualQuantizeParams& p) {
+  Workspace w(p, nullptr);
+  Level level = {};
+  for (int64_t l = 0; l < p.Q; ++l) level = w.take_level(p, l, level);
+  return w.scratch.bytes();
+}
 
 const char* residual_quantize(const ResidualQuantizeParams& p, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);

@@ -81,7 +81,9 @@ def build(wanted: list[tuple[str, str]], folder: Path = FOLDER, kernels: Path = 
     ]
     targets = []
     for kind in sorted({kind for _, kind in wanted}):
-        instrumented = shlex.join(map(str, [*FLAGS, *SANITIZERS[kind].split(), *(_fused() if kind == "plain" else []), *include]))
+        instrumented = shlex.join(
+            map(str, [*FLAGS, *SANITIZERS[kind].split(), *(_fused() if kind == "plain" else []), *include])
+        )
         bare = shlex.join(map(str, [*FLAGS, "-O2", *SEEN.get(kind, []), *include]))
         at = folder / kind
         common = []
@@ -101,7 +103,9 @@ def build(wanted: list[tuple[str, str]], folder: Path = FOLDER, kernels: Path = 
     ninja_file.write_text("\n".join(lines) + f"\ndefault {' '.join(targets)}\n")
     ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     cores = str(len(os.sched_getaffinity(0)))
-    out = subprocess.run([*ninja, "-C", folder, "-f", ninja_file, "-k", "0", "-j", cores], capture_output=True, text=True)
+    out = subprocess.run(
+        [*ninja, "-C", folder, "-f", ninja_file, "-k", "0", "-j", cores], capture_output=True, text=True
+    )
     ninja_file.unlink()
     return "" if out.returncode == 0 else (out.stdout + out.stderr)[-8000:]
 
@@ -225,7 +229,9 @@ def cases_of(program: str, kind: str, dtype: str = "") -> list[Case]:
     return cases
 
 
-def execute(path: Path, cases: list[Case], kind: str, name: str = "all") -> tuple[str, list[tuple[str, tuple]], list[str]]:
+def execute(
+    path: Path, cases: list[Case], kind: str, name: str = "all"
+) -> tuple[str, list[tuple[str, tuple]], list[str]]:
     """Runs a program (``name`` tells apart two that run at a time): what it said if it ended early; (what is wrong, outputs) of each case; kernels not launched."""
     calls, results = (path.with_name(f"{path.name}.{name}.{os.getpid()}.{what}") for what in ("calls", "results"))
     calls.write_bytes(_integers(len(cases)) + b"".join(_text(case.label) + case.encoded() for case in cases))

@@ -40,7 +40,18 @@ def translated(source: Path) -> tuple[str, dict[str, str]]:
     include = ["-I", cuda_harness.ROOT / "csrc/include", "-I", cuda_harness.ROOT / "csrc/cuda"]
     out = cuda_harness.FOLDER / f"{source.stem}.ptx"
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={TARGET}", *include, "-ptx", "-o", out, source]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-arch={TARGET}",
+        *include,
+        "-ptx",
+        "-o",
+        out,
+        source,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     text = out.read_text()
     entries = [line.split(".entry ")[1].split("(")[0].strip() for line in text.splitlines() if ".entry " in line]

@@ -144,6 +144,12 @@ void* next_fiber() {
 #endif
 }
 
+// While a fiber is in here its memory management is the scheduler's.
+struct Inside {
+  Inside() { act_as(scheduler.tsan); }
+  ~Inside() { act_as(me().tsan); }
+};
+
 void resume(Lane& lane) {
   current = &lane;
 #ifdef VQK_ASAN
@@ -394,6 +400,7 @@ void meet_warp(unsigned mask, const Place* place, bool ordered, Act act, void* m
 }
 
 void* shared_variable(const Place* place, size_t bytes) {
+  const Inside inside;
   void*& variable = variables[place];
   if (!variable) {
     const size_t at = (arena_used + kRedZone + 127) / 128 * 128;
@@ -418,15 +425,20 @@ void fence() {
   release(&global_fence);
 }
 
-void copy_later(Copy copy) { me().open.push_back(copy); }
+void copy_later(Copy copy) {
+  const Inside inside;
+  me().open.push_back(copy);
+}
 
 void commit_copies() {
+  const Inside inside;
   Lane& lane = me();
   lane.groups.emplace_back(lane.open.begin(), lane.open.end());
   lane.open.clear();
 }
 
 bool next_copy(int groups_left, Copy* copy) {
+  const Inside inside;
   auto& groups = me().groups;
   while (static_cast<int>(groups.size()) > groups_left) {
     if (groups.front().empty()) {

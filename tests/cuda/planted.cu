@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(64) products(const __nv_bfloat16* x, const __n
   }
 }
 
-// counts[k] += number of codes that are k
+// counts[k] += how many of the codes are k; there are four times as many as rows
 template <int bug>
 __global__ void __launch_bounds__(128) count(const int* codes, int* counts, int N, int K) {
   VQK_DYNAMIC_SHARED(int, bins);
@@ -105,10 +105,12 @@ __global__ void __launch_bounds__(128) count(const int* codes, int* counts, int 
 template <int bug>
 void launch(const float* x, const __nv_bfloat16* half, const int* codes, float* sums, float* out, int* counts, int N,
             int D, int K, cudaStream_t stream) {
+  constexpr int first = bug < kStageTooEarly ? bug : 0, third = bug < kNoBarrierAfterZero ? 0 : bug;
+  constexpr int second = bug == first || bug == third ? 0 : bug;
   cudaMemsetAsync(counts, 0, K * sizeof(int), stream);
-  VQK_LAUNCH(row_sums<bug>, (N + 31) / 32, 128, 0, stream, x, sums, N, D);
-  VQK_LAUNCH(products<bug>, (N + 31) / 32, 64, 2 * 40 * 24 * 2, stream, half, half, out, N, D);
-  VQK_LAUNCH(count<bug>, 3, 128, K * sizeof(int), stream, codes, counts, N, K);
+  VQK_LAUNCH(row_sums<first>, (N + 31) / 32, 128, 0, stream, x, sums, N, D);
+  VQK_LAUNCH(products<second>, (N + 31) / 32, 64, 2 * 40 * 24 * 2, stream, half, half, out, N, D);
+  VQK_LAUNCH(count<third>, 3, 128, K * sizeof(int), stream, codes, counts, 4 * N, K);
 }
 
 template <int bug, class... Arguments>

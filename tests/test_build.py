@@ -69,6 +69,14 @@ def test_torch_library_needs_only_libtorch_cpu():
     assert "RUNPATH" not in out and "RPATH" not in out
 
 
+def test_the_stream_is_looked_up_not_linked():
+    # libtorch_cuda has the function, a torch without CUDA does not and must load the library all the same
+    name, library = "aoti_torch_get_current_cuda_stream", binary("_C*.so")
+    symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True).stdout
+    cuda = json.loads((PACKAGE / "_build_info.json").read_text())["cuda"]
+    assert name not in symbols and (name.encode() in library.read_bytes()) == cuda
+
+
 def test_native_module_knows_no_torch():
     out = subprocess.run(["readelf", "-d", binary("_native*.so")], capture_output=True, text=True).stdout
     assert "torch" not in out and "c10" not in out

@@ -104,6 +104,7 @@ def planted(tmp_path_factory):
         ("fence", {"fences": True}, []),
         ("shared", {"shared": 163 << 10}, ["167936 bytes of shared memory, the chip has 166912 for a block"]),
         ("shared", {"shared": 162 << 10}, []),
+        ("shared", {"most": 163 << 10}, ["167936 bytes of shared memory, the chip has 166912 for a block"]),
         ("sound", {"loops": ("HMMA",)}, ["no HMMA in any loop"]),
         ("sound", {}, []),
     ],

@@ -27,14 +27,15 @@ from .triton_kernels.machine_code import MachineCode, nvidia, tool
 @dataclass(frozen=True)
 class Plan:
     """What a kernel is meant to be. ``kernel``: the start of its name with template arguments, a regular expression.
-    ``registers``: the most a thread may hold. ``shared``: the most dynamic bytes its launcher asks for. ``loops``:
-    instructions that must stand in a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders
-    memory between blocks on purpose."""
+    ``registers``: the most a thread may hold. ``shared``: dynamic bytes that its launcher asks for at an ordinary size,
+    and ``most`` at any (0: as much). ``loops``: instructions that must stand in a loop. ``load``: bits of the widest
+    global load, at least. ``fences``: it orders memory between blocks on purpose."""
 
     file: str
     kernel: str
     registers: int
     shared: int = 0
+    most: int = 0
     loops: tuple[str, ...] = ()
     load: int = 128
     fences: bool = False
@@ -42,7 +43,7 @@ class Plan:
 
 # The first that fits a kernel counts. `load`: where less than 128 bits, the kernel's file says why.
 PLANS = (
-    Plan("codebook_usage", "count_kernel", registers=40, shared=48 << 10, load=64),
+    Plan("codebook_usage", "count_kernel", registers=48, shared=32 << 10, most=48 << 10, load=64),
     Plan("rotation_trick", r"backward_kernel<.*, 1, 0>", registers=128, load=16),  # rows that are not aligned
     Plan("rotation_trick", "backward_kernel", registers=128),
 )
@@ -58,10 +59,6 @@ class Row:
     threads: int
     code: MachineCode
     plan: Plan | None
-
-    @property
-    def shared(self) -> int:
-        return self.code.static_shared + (self.plan.shared if self.plan else 0)
 
 
 def read(path: Path, plans: tuple[Plan, ...] = PLANS) -> list[Row]:
@@ -127,8 +124,8 @@ def _faults(row: Row) -> Iterator[str]:
         yield f"a stack frame of {code.stack} bytes"
     if code.registers > plan.registers:
         yield f"{code.registers} registers, planned are at most {plan.registers}"
-    if row.shared > chip.shared_block:
-        yield f"{row.shared} bytes of shared memory, the chip has {chip.shared_block} for a block"
+    if (shared := code.static_shared + max(plan.shared, plan.most)) > chip.shared_block:
+        yield f"{shared} bytes of shared memory, the chip has {chip.shared_block} for a block"
     elif not row.threads:
         yield "no launch bounds: __launch_bounds__ says for which block its registers must suffice"
     elif not fit(row).blocks:
@@ -143,8 +140,9 @@ def _faults(row: Row) -> Iterator[str]:
 
 
 def fit(row: Row):
-    """The blocks on a processor, with the plan's dynamic shared memory."""
-    return occupancy(row.target, row.code.registers, row.shared, max(1, row.threads // 32))
+    """The blocks on a processor, at an ordinary size."""
+    shared = row.code.static_shared + (row.plan.shared if row.plan else 0)
+    return occupancy(row.target, row.code.registers, shared, max(1, row.threads // 32))
 
 
 HEAD = """# CUDA kernels as compiled
@@ -159,8 +157,9 @@ in pieces of less than 128 bits without a stated reason.
 
 **Nothing here was measured.** Figures that differ between architectures stand as {order}.
 
-- *threads*: of a block. *registers*: of a thread, then the planned limit. *shared*: static + most dynamic bytes.
-- *blocks*: how many fit on a processor with that shared memory; *filled*: the share of its warps that they fill;
+- *threads*: of a block. *registers*: of a thread, then the planned limit. *shared*: static + dynamic bytes
+  at an ordinary size (at most).
+- *blocks*: how many fit on a processor at an ordinary size; *filled*: the share of its warps that they fill;
   *limit*: what there is no more of.
 - *loops*: matrix products, loads of their operands from shared memory (LDSM) and asynchronous copies (LDGSTS) in loops.
 - *load, store*: the widest global access in bits. *fp64*: instructions in float64.
@@ -194,11 +193,12 @@ def _line(kernel: str, rows: list[Row]) -> str:
         return " ".join(sorted(names - {""})) or "–"
 
     plan = rows[0].plan
+    dynamic = f" + {plan.shared}" + f" ({plan.most})" * (plan.most > 0) if plan else ""
     cells = (
         f"`{kernel}`",
         each(lambda row: row.threads),
         each(lambda row: row.code.registers) + (f" ≤ {plan.registers}" if plan else ""),
-        each(lambda row: row.code.static_shared) + f" + {plan.shared if plan else 0}",
+        each(lambda row: row.code.static_shared) + dynamic,
         each(lambda row: fit(row).blocks),
         each(lambda row: f"{fit(row).share:.0%}"),
         each(lambda row: fit(row).limit),

@@ -5,7 +5,7 @@
 //
 //   1. stable radix sort of (h K + index, row), 8 bits a pass, skipped rows left out by the first pass:
 //        count    block = 2048 rows --> how often each digit                                    [256, tiles]
-//        scan     block = one digit --> the same from earlier tiles
+//        scan     warp = one digit  --> the same from earlier tiles
 //        scatter  block = 2048 rows --> key and row to their places; a warp ranks 32 keys by ballots
 //   2. where the rows of every codeword begin: a binary search each
 //   3. add      block (piece, columns) = up to 256 rows of one codeword x 16 threads of 16 bytes
@@ -76,22 +76,26 @@ Plan make_plan(const CodewordSumsParams& p, void* workspace) {
   return plan;
 }
 
-// Sum over the threads before this one, and over all of them. `sums` may be used again after the call.
-__device__ inline uint32_t sum_before(uint32_t value, uint32_t (&sums)[kWarps], uint32_t* all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t sum = value;
+// Sum over the lanes up to this one.
+__device__ inline uint32_t sum_up_to(uint32_t value) {
   for (int offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, sum, offset);
-    if (lane >= offset) sum += other;
+    const uint32_t other = __shfl_up_sync(kFullWarp, value, offset);
+    if (static_cast<int>(threadIdx.x % 32) >= offset) value += other;
   }
-  if (lane == 31) sums[warp] = sum;
+  return value;
+}
+
+// Sum over the threads before this one, and over all of them.
+__device__ inline uint32_t sum_before(uint32_t value, uint32_t (&sums)[kWarps], uint32_t* all) {
+  const int warp = threadIdx.x / 32;
+  const uint32_t sum = sum_up_to(value);
+  if (threadIdx.x % 32 == 31) sums[warp] = sum;
   __syncthreads();
   uint32_t before = sum - value, total = 0;
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) before += total;
     total += sums[w];
   }
-  __syncthreads();
   *all = total;
   return before;
 }
@@ -135,18 +139,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) scan_kernel(uint32_t* counts, uint32_t* totals, uint32_t tiles) {
-  VQK_SHARED(uint32_t, sums, [kWarps]);
-  for (uint32_t digit = blockIdx.x; digit < kBins; digit += gridDim.x) {
+  const int lane = threadIdx.x % 32;
+  for (uint32_t digit = blockIdx.x * kWarps + threadIdx.x / 32; digit < kBins; digit += gridDim.x * kWarps) {
+    uint32_t* const row = counts + digit * tiles;
     uint32_t before = 0;
-    for (uint32_t start = 0; start < tiles; start += kThreads) {
-      const uint32_t tile = start + threadIdx.x;
-      uint32_t* const at = counts + digit * tiles + tile;
-      uint32_t all;
-      const uint32_t own = sum_before(tile < tiles ? *at : 0, sums, &all);
-      if (tile < tiles) *at = before + own;
-      before += all;
+#pragma unroll 4
+    for (uint32_t start = 0; start < tiles; start += 32) {
+      const uint32_t tile = start + lane, own = tile < tiles ? row[tile] : 0, sum = sum_up_to(own);
+      if (tile < tiles) row[tile] = before + sum - own;
+      before += __shfl_sync(kFullWarp, sum, 31);
     }
-    if (threadIdx.x == 0) totals[digit] = before;
+    if (lane == 0) totals[digit] = before;
   }
 }
 
@@ -220,11 +223,13 @@ __global__ void __launch_bounds__(kThreads) offsets_kernel(const uint32_t* __res
   }
 }
 
-// Adds lanes 8..15 onto 0..7, 4..7 onto 0..3, ...: lane 0 has the sum. Every thread brings kWidth columns.
+// Adds lanes 8..15 onto 0..7, 4..7 onto 0..3, ...: lane 0 has the sum. Every thread brings kWidth columns; lanes from
+// `used` on are zero, which changes no sum.
 template <int kWidth>
-__device__ inline void add_lanes(double (&sum)[kWidth], double (&shared)[kLanes / 2][kColumns * kWidth], int lane,
-                                 int column) {
+__device__ inline void add_lanes(double (&sum)[kWidth], double (&shared)[kLanes / 2][kColumns * kWidth], uint32_t used,
+                                 int lane, int column) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
+    if (static_cast<uint32_t>(half) >= used) continue;
     if (lane >= half && lane < 2 * half)
       for (int i = 0; i < kWidth; ++i) shared[lane - half][column * kWidth + i] = sum[i];
     __syncthreads();
@@ -247,34 +252,34 @@ __global__ void __launch_bounds__(kLanes* kColumns)
   const int columns = blockDim.x / kLanes, lane = threadIdx.x / columns, column = threadIdx.x % columns;
   const int64_t d = (static_cast<int64_t>(blockIdx.y) * columns + column) * kWidth;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    int64_t k = task, piece = 0;
+    uint32_t k = static_cast<uint32_t>(task), piece = 0;
     if (task >= codes) {
-      const int64_t place = (task - codes) * kPiece;
+      const uint32_t place = static_cast<uint32_t>(task - codes) * kPiece;
       if (place >= *kept) break;
       k = keys[place];
       piece = (place - offsets[k] + kPiece - 1) / kPiece;
       if (piece == 0) continue;
     }
-    const int64_t first = offsets[k], last = offsets[k + 1], begin = first + piece * kPiece;
+    const uint32_t first = offsets[k], last = offsets[k + 1], begin = first + piece * kPiece;
     if (piece > 0 && begin >= last) continue;
-    const int64_t end = begin + kPiece < last ? begin + kPiece : last;
+    const uint32_t end = begin + kPiece < last ? begin + kPiece : last;
     double sum[kWidth] = {};
     if (d < D) {
 #pragma unroll 4
-      for (int64_t i = begin + lane; i < end; i += kLanes) {
+      for (uint32_t i = begin + lane; i < end; i += kLanes) {
         const Piece<T> x = load_piece(z + order[i] * D, d, D, aligned);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) sum[c] += to_double(x.x[c]);
       }
     }
-    add_lanes(sum, shared, lane, column);
+    add_lanes(sum, shared, end - begin, lane, column);
     if (lane == 0) {
-      double* const partial = partials + (2 * (begin / kPiece) + (piece > 0)) * D;
+      const int64_t partial = (2 * (begin / kPiece) + (piece > 0)) * D + d;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         if (d + c >= D) break;
         if (last - first <= kPiece) round_to(sum[c], sums + k * D + d + c);
-        else partial[d + c] = sum[c];
+        else partials[partial + c] = sum[c];
       }
     }
     if (piece == 0 && blockIdx.y == 0 && threadIdx.x == 0) counts[k] = last - first;
@@ -296,7 +301,7 @@ __global__ void __launch_bounds__(kLanes* kColumns)
     double sum[1] = {};
     for (int64_t piece = lane; d < D && piece * kPiece < count; piece += kLanes)
       sum[0] += partials[(2 * ((first + piece * kPiece) / kPiece) + (piece > 0)) * D + d];
-    add_lanes(sum, shared, lane, column);
+    add_lanes(sum, shared, static_cast<uint32_t>((count + kPiece - 1) / kPiece), lane, column);
     if (lane == 0 && d < D) round_to(sum[0], sums + k * D + d);
   }
 }
@@ -313,7 +318,7 @@ void sort_pass(const CodewordSumsParams& p, const Plan& plan, int pass, cudaStre
                               static_cast<uint32_t>(p.K),
                               static_cast<uint32_t>(plan.rows)};
   VQK_LAUNCH(count_kernel<kFirst>, grid_size(tiles, 8), kThreads, 0, stream, source, plan.counts, tiles, shift);
-  VQK_LAUNCH(scan_kernel, grid_size(kBins, 8), kThreads, 0, stream, plan.counts, plan.totals, tiles);
+  VQK_LAUNCH(scan_kernel, grid_size(kBins / kWarps, 4), kThreads, 0, stream, plan.counts, plan.totals, tiles);
   VQK_LAUNCH(scatter_kernel<kFirst>, grid_size(tiles, 4), kThreads, 0, stream, source, plan.counts, plan.totals,
              plan.keys[to], plan.order[to], plan.kept, tiles, shift);
 }
@@ -327,12 +332,13 @@ void add(const CodewordSumsParams& p, const Plan& plan, cudaStream_t stream) {
   auto* sums = static_cast<wide_t<T>*>(p.sums);
   int columns = 2;
   while (columns < kColumns && columns * kWidth < p.D) columns *= 2;
-  const int64_t tasks = plan.codes + plan.places, wide = (p.D + columns * kWidth - 1) / (columns * kWidth);
-  const dim3 grid(grid_size(tasks, 64), static_cast<unsigned>(wide ? wide : 1));
+  const int64_t tasks = plan.codes + plan.places, wide = p.D ? (p.D + columns * kWidth - 1) / (columns * kWidth) : 1;
+  const dim3 grid(grid_size(tasks, (8 + wide - 1) / wide), static_cast<unsigned>(wide));
   VQK_LAUNCH(add_kernel<T>, grid, kLanes * columns, 0, stream, z, keys, order, plan.kept, plan.offsets, sums, p.counts,
              plan.partials, plan.codes, tasks, p.D, rows_aligned(p.D, z));
   if (plan.rows <= kPiece || p.D == 0) return;
-  const dim3 few(grid_size(plan.places, 16), static_cast<unsigned>((p.D + kColumns - 1) / kColumns));
+  const int64_t narrow = (p.D + kColumns - 1) / kColumns;
+  const dim3 few(grid_size(plan.places, (8 + narrow - 1) / narrow), static_cast<unsigned>(narrow));
   VQK_LAUNCH(combine_kernel<wide_t<T>>, few, kLanes * kColumns, 0, stream, keys, plan.kept, plan.offsets, plan.partials,
              sums, p.D);
 }

@@ -295,7 +295,6 @@ void begin_block(uint3 block) {
   arena = static_cast<unsigned char*>(memory);
   std::memset(arena, 0xff, size);
   used_arenas.push_back(arena);
-  release(&block_start);
   arena_used = launch.shared_bytes;
 #ifdef VQK_ASAN
   ASAN_POISON_MEMORY_REGION(arena + launch.shared_bytes, size - launch.shared_bytes);
@@ -304,6 +303,7 @@ void begin_block(uint3 block) {
   const dim3 b = launch.block;
   lanes.clear();
   lanes.resize(static_cast<size_t>(b.x) * b.y * b.z);
+  release(&block_start);
   for (unsigned i = 0; i < lanes.size(); ++i) {
     Lane& lane = lanes[i];
     lane.thread = {i % b.x, i / b.x % b.y, i / (b.x * b.y)};

@@ -318,7 +318,7 @@ void sort_pass(const CodewordSumsParams& p, const Plan& plan, int pass, cudaStre
                               static_cast<uint32_t>(p.K),
                               static_cast<uint32_t>(plan.rows)};
   VQK_LAUNCH(count_kernel<kFirst>, grid_size(tiles, 8), kThreads, 0, stream, source, plan.counts, tiles, shift);
-  VQK_LAUNCH(scan_kernel, grid_size(kBins / kWarps, 4), kThreads, 0, stream, plan.counts, plan.totals, tiles);
+  VQK_LAUNCH(scan_kernel, grid_size(kBins / kWarps, 1), kThreads, 0, stream, plan.counts, plan.totals, tiles);
   VQK_LAUNCH(scatter_kernel<kFirst>, grid_size(tiles, 4), kThreads, 0, stream, source, plan.counts, plan.totals,
              plan.keys[to], plan.order[to], plan.kept, tiles, shift);
 }

@@ -20,8 +20,9 @@ constexpr int kThreads = 256;
 constexpr int kSharedBytes = 48 << 10;  // what a kernel may use without asking
 
 // copies: histograms in shared memory; 0: count in global memory.
-__global__ void count_kernel(const int64_t* __restrict__ indices, unsigned long long* counts, int64_t S, int64_t N,
-                             int64_t K, int copies) {
+__global__ void __launch_bounds__(kThreads) count_kernel(const int64_t* __restrict__ indices,
+                                                         unsigned long long* counts, int64_t S, int64_t N, int64_t K,
+                                                         int copies) {
   VQK_DYNAMIC_SHARED(unsigned, bins);
   for (int64_t s = blockIdx.y; s < S; s += gridDim.y) {
     for (int64_t i = threadIdx.x; i < copies * K; i += kThreads) bins[i] = 0;

@@ -112,6 +112,8 @@ __device__ void normalize_rows(const T* x, wide_t<T>* out, int64_t first, int64_
 
 constexpr int kNormalizeThreads = 128;
 
+namespace {  // each file has kernels of its own
+
 template <class T>
 __global__ void __launch_bounds__(kNormalizeThreads)
     normalize_kernel(const T* __restrict__ x, wide_t<T>* __restrict__ out, int64_t rows, int64_t D) {
@@ -119,6 +121,8 @@ __global__ void __launch_bounds__(kNormalizeThreads)
        first += static_cast<int64_t>(gridDim.x) * kNormalizeThreads)
     normalize_rows(x, out, first, rows, D);
 }
+
+}  // namespace
 
 template <class T>
 void normalize(const void* x, void* out, int64_t rows, int64_t D, cudaStream_t stream) {

@@ -26,10 +26,11 @@ from .triton_kernels.machine_code import MachineCode, nvidia, tool
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is meant to be. ``kernel``: the start of its name with template arguments, a regular expression.
-    ``registers``: the most a thread may hold. ``shared``: dynamic bytes that its launcher asks for at an ordinary size,
-    and ``most`` at any (0: as much). ``loops``: instructions that must stand in a loop. ``load``: bits of the widest
-    global load, at least. ``fences``: it orders memory between blocks on purpose."""
+    """What a kernel is meant to be. ``file``, ``kernel``: regular expressions for the start of the file's name, and of the
+    kernel's with its template arguments. ``registers``: the most a thread may hold. ``shared``: dynamic bytes that its
+    launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``loops``: instructions that must stand in
+    a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks on purpose.
+    """
 
     file: str
     kernel: str
@@ -41,11 +42,28 @@ class Plan:
     fences: bool = False
 
 
-# The first that fits a kernel counts. `load`: where less than 128 bits, the kernel's file says why.
+TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")  # matrix products, their operands' loads, copies in the background
+SEARCHES = "nearest_codeword|residual_quantize$"
+
+# The first that fits a kernel counts. Less than 128 bits where a lane's elements do not lie side by side: keys that are
+# ranked one by one, one row's element after the other, rows that are not aligned.
 PLANS = (
-    Plan("codebook_usage", "count_kernel", registers=48, shared=32 << 10, most=48 << 10, load=64),
-    Plan("rotation_trick", r"backward_kernel<.*, 1, 0>", registers=128, load=16),  # rows that are not aligned
+    Plan("codebook_usage", "count_kernel", registers=64, shared=32 << 10, most=48 << 10, load=64),
+    Plan("codeword_sums", "add_kernel", registers=64),
+    Plan("codeword_sums", "combine_kernel", registers=40, load=64),
+    Plan("codeword_sums", "scatter_kernel", registers=64, load=32),
+    Plan("codeword_sums", "", registers=40, load=32),
+    Plan("fsq", "fsq_kernel", registers=64, shared=5 << 10, most=48 << 10),
+    Plan("fsq", "backward_kernel", registers=64),
+    Plan("nearest_codeword", "coarse_kernel|compare_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
+    Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
+    Plan("nearest_codeword", "select_kernel", registers=96, load=32),
+    Plan(SEARCHES, "", registers=80, load=32),
+    Plan("residual_quantize_backward", "backward_kernel", registers=128),
+    Plan("rotation_trick", r"backward_kernel<.*, 1, 0>", registers=128, load=32),
     Plan("rotation_trick", "backward_kernel", registers=128),
+    Plan("trie_topk", "beam_kernel", registers=128),
+    Plan("trie_topk", "", registers=64, load=32),
 )
 
 
@@ -87,7 +105,7 @@ def _read_cubin(path: Path, plans: tuple[Plan, ...]) -> list[Row]:
         # nvcc writes the file's name into its unnamed namespace
         found = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_", mangled)
         file = found[1] if found else ""
-        plan = next((p for p in plans if p.file == file and re.match(p.kernel, kernel)), None)
+        plan = next((p for p in plans if re.match(p.file, file) and re.match(p.kernel, kernel)), None)
         rows.append(Row(target, file, kernel, bounds.get(mangled, 0), codes[mangled], plan))
     return rows
 

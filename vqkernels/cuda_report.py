@@ -26,11 +26,10 @@ from .triton_kernels.machine_code import MachineCode, nvidia, tool
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is meant to be. ``file``, ``kernel``: regular expressions for the start of the file's name, and of the
-    kernel's with its template arguments. ``registers``: the most a thread may hold. ``shared``: dynamic bytes that its
-    launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``loops``: instructions that must stand in
-    a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks on purpose.
-    """
+    """What a kernel is meant to be. ``file``, ``kernel``: regular expressions for the start of the file's name, and of
+    the kernel's with its template arguments. ``registers``: the most a thread may hold. ``shared``: dynamic bytes that
+    its launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``loops``: instructions that must stand
+    in a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks."""
 
     file: str
     kernel: str

@@ -53,6 +53,7 @@ __device__ inline void row_sums(Dots& t, double (&shared)[5][kMostWarps]) {
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
       double sum = 0;
+#pragma unroll 4  // all at once would not fit into the registers
       for (int w = 0; w < kRowWarps; ++w) sum += shared[i][w];
       *values[i] = sum;
     }
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(32 * block_warps(kRowWarps), kMostWarps / bloc
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) q[p][i] = static_cast<R>(to_double(x.x[i])), acc[p][i] = 0;
       }
+#pragma unroll 1
       for (int l = 0; l < Q; ++l) {
         const T* c = codeword(l);
         Weights w{1, 0, 0};

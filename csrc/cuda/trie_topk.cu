@@ -148,7 +148,7 @@ struct Candidates {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     user_kernel(const T* __restrict__ logits, const Beam<wide_t<T>>* __restrict__ beams,
                 const int64_t* __restrict__ edge_tokens, const int64_t* __restrict__ edge_children,
                 bits_t<wide_t<T>>* totals, uint32_t* places,

@@ -167,6 +167,12 @@ struct Margin {
   float ratio, margin;
 };
 
+// Not below sqrt(x), and at most 2^-18 or 2^-50 above. The exact one calls a function, which costs registers.
+__device__ inline double length_of(double x) {
+  const float y = static_cast<float>(x);
+  return y > 0x1p-100f ? static_cast<double>(y * rsqrtf(y)) * (1 + 0x1p-19) : 0x1p-50;
+}
+
 template <class T>
 __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Largest& codebook, bool l2) {
   if (magnitude < 0) return {1, -1};
@@ -176,8 +182,8 @@ __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Lar
   bool bounded = abs(apart) <= kMaxRatio;
   if constexpr (std::is_same_v<T, double>) bounded = bounded && abs(e) <= kSafeExponent && abs(ce) <= kSafeExponent;
   const double ratio = power_of_two(bounded ? apart : 0);
-  const double eps = copied_error_bound(D, sqrt(row.row2), sqrt(row.lost2), sqrt(value_of(codebook.row2)),
-                                        sqrt(value_of(codebook.lost2)), ratio, l2, true);
+  const double eps = copied_error_bound(D, length_of(row.row2), length_of(row.lost2), length_of(value_of(codebook.row2)),
+                                        length_of(value_of(codebook.lost2)), ratio, l2, true);
   return {static_cast<float>(ratio), bounded ? static_cast<float>(2 * eps * (1 + 0x1p-20)) : HUGE_VALF};
 }
 
@@ -189,6 +195,8 @@ inline dim3 copy_grid(int64_t H, int64_t rows) {
   const unsigned heads = static_cast<unsigned>(H < 65535 ? H : 65535);
   return {grid_size((rows + kCopyRows - 1) / kCopyRows, 16 / heads + 1), heads};
 }
+
+namespace {  // each file has kernels of its own
 
 template <class T>
 __global__ void __launch_bounds__(kCopyThreads)
@@ -228,6 +236,8 @@ __global__ void __launch_bounds__(kCopyThreads)
     }
   }
 }
+
+}  // namespace
 
 // A codebook as the coarse pass has it. Lies in a workspace.
 struct CoarseCodebook {

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // Copies of z [H,padded_N,copy_bytes] with what their scores need; 32 rows a block.
 template <class Arithmetic, class T>
-__global__ void __launch_bounds__(kCopyThreads)
+__global__ void __launch_bounds__(kCopyThreads, 1)
     copy_rows_kernel(const T* __restrict__ z, const bool* __restrict__ mask, const Largest* __restrict__ largest,
                      char* __restrict__ copy, Margin* __restrict__ margins, int64_t H, int64_t N, int64_t padded_N,
                      int64_t D, bool l2) {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     coarse_kernel(const char* __restrict__ rows, CoarseCodebook codebook, const Margin* __restrict__ margins,
                   Lowest* __restrict__ scores, int64_t H, int64_t padded_N, int64_t bytes, int share) {
   VQK_DYNAMIC_SHARED(char, shared);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile, h = first / padded_N;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t h = blockIdx.x / static_cast<unsigned>(padded_N / kTile);
   const Place place;
   float ratio[8];
   Lowest lowest[8];

@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   VQK_SHARED(float, limits, [kTile]);
   VQK_SHARED(int64_t, chosen, [kTile]);  // index of the level, -1: the row is out
   const Place place;
-  const int64_t blocks = (N + kTile - 1) / kTile, h = blockIdx.x / blocks, first = blockIdx.x % blocks * kTile;
+  const unsigned blocks = static_cast<unsigned>((N + kTile - 1) / kTile);
+  const int64_t h = blockIdx.x / blocks, first = static_cast<int64_t>(blockIdx.x % blocks) * kTile;
   const int64_t bytes = copy_bytes<Fp16>(D), base = h * N + first, left = N - first;
   const int here = static_cast<int>(left < kTile ? left : kTile);  // rows
   const bool l2 = metric == Metric::l2, cosine = metric == Metric::cosine, resident = bytes <= kResidentChunks * kTile;

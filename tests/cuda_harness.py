@@ -238,7 +238,7 @@ def execute(
     options = {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0:history_size=0",
     }
     command = [path, calls, results]
     if kind == "thread" and shutil.which("setarch"):  # gcc 12's TSan does not know the widest address randomization

@@ -31,7 +31,7 @@ Thread* current;
 namespace {
 
 constexpr size_t kStack = 128 << 10, kPage = 4096, kRedZone = 128;
-constexpr size_t kSanitizerFibers = 7000;  // gcc's TSan has 8128 threads
+constexpr size_t kSanitizerFibers = 1280;  // each takes TSan half a megabyte
 
 enum class Wait { nothing, block, warp, ended };
 

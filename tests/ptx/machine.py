@@ -52,7 +52,8 @@ class Program:
         offset = 0
         self.param_offsets: dict[str, int] = {}
         for name, type_, size in kernel.params:
-            offset = (offset + kind(type_)[0] - 1) // kind(type_)[0] * kind(type_)[0]
+            align = kind(type_)[0] if kind(type_)[0] == size else 16  # a struct has the alignment of its members
+            offset = (offset + align - 1) // align * align
             self.param_offsets[name] = offset
             offset += size
         self.param_size = offset
@@ -118,9 +119,9 @@ class Program:
         return lambda t: t.constant(value, dtype)
 
     def _number(self, operand: str) -> int:
-        for table, base in ((self.kernel.shared, 0), (self.kernel.local, 0), (self.constant_addresses, 0)):
+        for table in (self.kernel.shared, self.kernel.local, self.constant_addresses, self.param_offsets):
             if operand in table:
-                return table[operand] + base
+                return table[operand]
         if operand[:2] in ("0f", "0F", "0d", "0D"):
             return int(operand[2:], 16)
         if operand == "WARP_SZ":
@@ -164,6 +165,8 @@ class Program:
             value = t.registers.get(base)
             if value is None:
                 value = t.undefined(base)
+            if value.dtype.itemsize == 4:  # of shared memory; the sum wraps around
+                return (value.view(np.uint32) + np.uint32(shift & 0xFFFFFFFF)).astype(np.int64)
             if value.dtype is not _INT64:
                 value = value.view(RAW[value.dtype.itemsize]).astype(np.int64)
             return value + shift if shift else value

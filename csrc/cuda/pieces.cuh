@@ -31,9 +31,9 @@ bool rows_aligned(int64_t D, const T* first, const More*... more) {
   return D % Piece<T>::kWidth == 0 && pointers % 16 == 0;
 }
 
-// Elements [at, at + kWidth) of a row of D; zeros from D on.
-template <class T>
-__device__ __forceinline__ Piece<T> load_piece(const T* row, int64_t at, int64_t D, bool aligned) {
+// Elements [at, at + kWidth) of a row of D; zeros from D on. Index: int where it is enough, which saves registers.
+template <class T, class Index>
+__device__ __forceinline__ Piece<T> load_piece(const T* row, Index at, Index D, bool aligned) {
   Piece<T> piece;
   if (aligned && at < D) {
     piece = *reinterpret_cast<const Piece<T>*>(row + at);
@@ -44,8 +44,8 @@ __device__ __forceinline__ Piece<T> load_piece(const T* row, int64_t at, int64_t
   return piece;
 }
 
-template <class T>
-__device__ __forceinline__ void store_piece(T* row, int64_t at, int64_t D, bool aligned, const Piece<T>& piece) {
+template <class T, class Index>
+__device__ __forceinline__ void store_piece(T* row, Index at, Index D, bool aligned, const Piece<T>& piece) {
   if (aligned && at < D) {
     *reinterpret_cast<Piece<T>*>(row + at) = piece;
   } else {

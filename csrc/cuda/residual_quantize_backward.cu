@@ -66,7 +66,7 @@ constexpr int block_warps(int row_warps) { return row_warps > 8 ? row_warps : 8;
 template <class T, int kRowWarps, bool kPerLevel>
 __global__ void __launch_bounds__(32 * block_warps(kRowWarps), kMostWarps / block_warps(kRowWarps))
     backward_kernel(const T* __restrict__ z, const int64_t* __restrict__ indices, const T* __restrict__ grad,
-                    const wide_t<T>* __restrict__ scale, T* __restrict__ dz, int64_t H, int64_t N, int Q, int64_t D,
+                    const wide_t<T>* __restrict__ scale, T* __restrict__ dz, int64_t H, int64_t N, int Q, int D,
                     Estimator estimator, bool aligned, const Codebooks books) {
   using R = wide_t<T>;
   constexpr int kWidth = Piece<T>::kWidth, kPieces = kWarpFeatures / (32 * kWidth);
@@ -195,13 +195,13 @@ void launch(const ResidualQuantizeBackwardParams& p, cudaStream_t stream) {
   constexpr int kRows = block_warps(kRowWarps) / kRowWarps, kThreads = 32 * block_warps(kRowWarps);
   const unsigned grid = grid_size((p.H * p.N + kRows - 1) / kRows, 16);
   const R* scale = static_cast<const R*>(p.commitment_scale);
-  const int Q = static_cast<int>(p.Q);
+  const int Q = static_cast<int>(p.Q), D = static_cast<int>(p.D);
   if (p.per_level)
     VQK_LAUNCH((backward_kernel<T, kRowWarps, true>), grid, kThreads, 0, stream, z, p.indices, grad, scale, dz,
-               p.H, p.N, Q, p.D, p.estimator, aligned, books);
+               p.H, p.N, Q, D, p.estimator, aligned, books);
   else
     VQK_LAUNCH((backward_kernel<T, kRowWarps, false>), grid, kThreads, 0, stream, z, p.indices, grad, scale,
-               dz, p.H, p.N, Q, p.D, p.estimator, aligned, books);
+               dz, p.H, p.N, Q, D, p.estimator, aligned, books);
 }
 
 }  // namespace

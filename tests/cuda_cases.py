@@ -69,17 +69,24 @@ def fsq_backward(dtype):
 
 
 def residual_quantize_backward(dtype):
-    """Rows that sixteen warps share, of whole pieces and not; one codebook for all levels; many levels."""
+    """Few rows; rows that sixteen warps share, of whole pieces and not; one codebook for all levels; many levels."""
     scale, out = torch.tensor([0.5, 0.25], dtype=torch.float64 if dtype == torch.float64 else torch.float32), []
-    for D, e, per_level in ((264, 1, False), (515, 2, True), (1024, 1, True), (4096, 1, False), (257, 0, False)):
-        z, g = (_randn(1, 4, D, seed=66 + i, dtype=dtype) for i in range(2))
-        books = [_randn(1, 5, D, seed=68 + i, dtype=dtype) for i in range(2)]
-        out.append(
-            (
-                f"D{D} estimator{e} per_level{per_level}",
-                (z, books, _integers(5, 1, 4, 2, seed=70, low=-1), g, scale, e, per_level),
-            )
-        )
+    rows = (
+        (200, 1, False),
+        (208, 1, True),
+        (264, 1, False),
+        (515, 2, True),
+        (1024, 1, True),
+        (4096, 1, False),
+        (257, 0, False),
+    )
+    for D, e, per_level in rows:
+        N, K = (3, 10) if D < 256 else (2, 4)
+        z, g = (_randn(1, N, D, seed=66 + i, dtype=dtype) for i in range(2))
+        books = [_randn(1, K, D, seed=68 + i, dtype=dtype) for i in range(2)]
+        indices = _integers(K, 1, N, 2, seed=70)
+        indices[0, 1, 0] = -(D % 2)  # a row that is skipped, or not
+        out.append((f"D{D} estimator{e} per_level{per_level}", (z, books, indices, g, scale, e, per_level)))
     z, book = _randn(2, 9, 12, seed=71, dtype=dtype), _randn(2, 7, 12, seed=72, dtype=dtype, scale=0.2)
     indices, levels = _integers(7, 2, 9, 20, seed=73), scale[:1].repeat(20) * 0.1
     out.append(("one codebook, 20 levels", (z, [book] * 20, indices, z.flip(1), levels, 1, False)))
@@ -133,19 +140,24 @@ def trie_topk(dtype):
 
 
 def nearest_codeword(dtype):
-    """Rows of one, two and more chunks, several heads and tiles, a codebook in parts, more listed rows than a block."""
+    """Rows of one, two and more chunks, several heads and tiles, a codebook in parts, more listed rows than a block;
+    the same for few features."""
     out = []
     for label, H, N, K, D, metric in (
         ("four chunks", 1, 50, 140, 200, 0),
         ("two chunks", 1, 20, 260, 72, 2),
         ("heads", 3, 20, 140, 40, 0),
         ("unit rows", 2, 30, 130, 33, 1),
+        ("few features", 2, 130, 140, 5, 0),
+        ("few features, dot", 1, 600, 30, 12, 2),
     ):
         z, c = _randn(H, N, D, seed=77, dtype=dtype), _randn(H, K, D, seed=78, dtype=dtype)
         out.append((label, (z, c, None, metric, True)))
     c = _randn(1, 1, 24, seed=79) + _randn(1, 40, 24, seed=80, scale=2.0**-7)
     z = c[:, _integers(40, 150, seed=81)] + _randn(1, 150, 24, seed=82, scale=2.0**-8)
     out.append(("many alike", (z.to(dtype), c.to(dtype), None, 0, True)))
+    c, z = c[..., :11].contiguous(), z[..., :11].contiguous()
+    out.append(("few features, many alike", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 150, 20, seed=83, dtype=dtype)
     out.append(("fast", (c[:, ::3].contiguous() * 1.25, c, None, 0, False)))
     return out

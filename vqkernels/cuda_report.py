@@ -48,7 +48,7 @@ SEARCHES = "nearest_codeword|residual_quantize$"
 # ranked one by one, one row's element after the other, rows that are not aligned.
 PLANS = (
     Plan("codebook_usage", "count_kernel", registers=64, shared=32 << 10, most=48 << 10, load=64),
-    Plan("codeword_sums", "add_kernel", registers=64),
+    Plan("codeword_sums", "add_kernel", registers=80),
     Plan("codeword_sums", "combine_kernel", registers=40, load=64),
     Plan("codeword_sums", "scatter_kernel", registers=64, load=32),
     Plan("codeword_sums", "", registers=40, load=32),

@@ -242,7 +242,7 @@ __device__ inline void add_lanes(double (&sum)[kWidth], double (&shared)[kLanes 
 // A codeword's pieces begin every kPiece places from its first row. Its first piece is task k. Of all later ones at
 // most one begins in the kPiece places from j kPiece on, and it belongs to the codeword at j kPiece: task codes + j.
 template <class T>
-__global__ void __launch_bounds__(kLanes* kColumns, 1)
+__global__ void __launch_bounds__(kLanes* kColumns, 3)
     add_kernel(const T* __restrict__ z, const uint32_t* __restrict__ keys, const uint32_t* __restrict__ order,
                const uint32_t* __restrict__ kept, const uint32_t* __restrict__ offsets, wide_t<T>* __restrict__ sums,
                int64_t* __restrict__ counts, double* __restrict__ partials, int64_t codes, int64_t tasks, int64_t D,

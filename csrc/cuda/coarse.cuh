@@ -1,13 +1,13 @@
 // The coarse pass of the searches on tensor cores, and the copies it multiplies (proofs: docs/numerics.md).
 //
-// A score near s(c) = |c|^2/2 - z.c (dot, cosine: -z.c) is computed on copies of z and the codebook, each multiplied by a
-// power of two that brings its largest magnitude to [2^8, 2^9) and rounded to what the arithmetic multiplies exactly:
+// A score near s(c) = |c|^2/2 - z.c (dot, cosine: -z.c) is computed on copies of z and the codebook, each multiplied by
+// a power of two that brings its largest magnitude to [2^8, 2^9) and rounded to what the arithmetic multiplies exactly:
 //
 //     score = half_norm[c] - ratio[z] * (z.c)        ratio: of the two scales
 //
 // What rounding costs is measured, row by row and for the codebook, and enters the bound; values too small for products
-// to be normal numbers become zero, which is measured likewise. Copies are padded with zeros to whole tiles and to whole
-// mma steps of 32 bytes, so the hot loop has no masks and every address is a multiple of 16.
+// to be normal numbers become zero, which is measured likewise. Copies are padded with zeros to whole tiles and to
+// whole mma steps of 32 bytes, so the hot loop has no masks and every address is a multiple of 16.
 //
 //     block: 128 rows x 128 codewords a tile, 4 warps of 64 x 64          shared memory, 16 KB a chunk
 //
@@ -38,6 +38,7 @@ constexpr int64_t kMaxFeatures = 1 << 16;
 // What a coarse pass multiplies: round() gives the bits of one value, |x| < 2^9, and what they stand for.
 struct Fp16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kTensorCores = true;
   __device__ static uint32_t round(float x, float& y) {
     const __half h = __float2half_rn(fabsf(x) < 0x1p-14f ? 0.0f : x);
     y = __half2float(h);
@@ -50,6 +51,7 @@ struct Fp16 {
 
 struct Bf16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kTensorCores = true;
   __device__ static uint32_t round(float x, float& y) {
     const __nv_bfloat16 h = __float2bfloat16_rn(fabsf(x) < 0x1p-60f ? 0.0f : x);
     y = __bfloat162float(h);
@@ -62,6 +64,7 @@ struct Bf16 {
 
 struct Tf32 {
   static constexpr int kBytes = 4;
+  static constexpr bool kTensorCores = true;
   __device__ static uint32_t round(float x, float& y) {
     const uint32_t bits = to_tf32(fabsf(x) < 0x1p-60f ? 0.0f : x);
     y = __uint_as_float(bits);
@@ -69,6 +72,15 @@ struct Tf32 {
   }
   __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     mma_tf32_1688(c, a, b0, b1);
+  }
+};
+
+struct Fp32 {  // without tensor cores: few.cuh
+  static constexpr int kBytes = 4;
+  static constexpr bool kTensorCores = false;
+  __device__ static uint32_t round(float x, float& y) {
+    y = fabsf(x) < 0x1p-60f ? 0.0f : x;
+    return __float_as_uint(y);
   }
 };
 
@@ -159,10 +171,12 @@ struct Largest {
 __device__ inline void raise(unsigned long long& to, double x) {
   atomicMax(&to, static_cast<unsigned long long>(__double_as_longlong(x)));
 }
-__device__ inline double value_of(unsigned long long bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+__device__ inline double value_of(unsigned long long bits) {
+  return __longlong_as_double(static_cast<long long>(bits));
+}
 
-// What a row's scores need, and the distance within which they do not decide: 2 eps, +inf where row and codebook are too
-// unlike for a bound, -1 where the row has no nearest codeword or is not asked for.
+// What a row's scores need, and the distance within which they do not decide: 2 eps, +inf where row and codebook are
+// too unlike for a bound, -1 where the row has no nearest codeword or is not asked for.
 struct Margin {
   float ratio, margin;
 };
@@ -173,7 +187,7 @@ __device__ inline double length_of(double x) {
   return y > 0x1p-100f ? static_cast<double>(y * rsqrtf(y)) * (1 + 0x1p-19) : 0x1p-50;
 }
 
-template <class T>
+template <class Arithmetic, class T>
 __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Largest& codebook, bool l2) {
   if (magnitude < 0) return {1, -1};
   const double c_magnitude = value_of(codebook.magnitude);
@@ -182,8 +196,9 @@ __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Lar
   bool bounded = abs(apart) <= kMaxRatio;
   if constexpr (std::is_same_v<T, double>) bounded = bounded && abs(e) <= kSafeExponent && abs(ce) <= kSafeExponent;
   const double ratio = power_of_two(bounded ? apart : 0);
-  const double eps = copied_error_bound(D, length_of(row.row2), length_of(row.lost2), length_of(value_of(codebook.row2)),
-                                        length_of(value_of(codebook.lost2)), ratio, l2, true);
+  const double eps =
+      copied_error_bound(D, length_of(row.row2), length_of(row.lost2), length_of(value_of(codebook.row2)),
+                         length_of(value_of(codebook.lost2)), ratio, l2, Arithmetic::kTensorCores);
   return {static_cast<float>(ratio), bounded ? static_cast<float>(2 * eps * (1 + 0x1p-20)) : HUGE_VALF};
 }
 

@@ -1,5 +1,35 @@
 // nearest_codeword: indices[h,n] = argmin_k d(z[h,n], codebook[h,k]), ties to the lowest k; distances: its value.
-#include "coarse.cuh"
+//
+//   in   z [H,N,D], codebook [H,K,D], mask [H,N] or null; float, double, bf16 or f16
+//   out  indices int64 [H,N], distances float [H,N] (double for double)
+//
+//   normalize   cosine only: z and codebook divided by their lengths
+//   copy        codebook and z scaled by powers of two and rounded to fp16 (bf16, double: to bf16, tf32); bounds
+//   coarse      (128 rows, split)  tiles of 128 codewords stream by, coarse.cuh; each thread keeps the lowest score of
+//                                  its 8 rows, its index and the second lowest; a row's 8 threads join at the end
+//   select      joins the splits. second - best > 2 eps: decided; the winner's canonical distance. Else: listed
+//   compare     a fixed grid walks the list, 128 rows a step: coarse scores again, codewords within 2 eps of the best
+//               compared canonically
+//   few         below 16 features in the place of coarse: float32 multiply-adds, few.cuh
+//   scan        or, alone, one warp a row, every codeword canonically: little work, or more features than the bound has
+//
+// Work: 2 N K D flops on tensor cores, and 6 instructions a score beside them (fused multiply-add, two minima, a
+// maximum, a comparison, a selection). A multiprocessor of sm_80 multiplies 1024 pairs a clock and issues 128 such
+// instructions: below D = 48 the instructions are the roof, above it the tensor cores. Bytes: z and codebook read once,
+// their 2-byte copies written and read, 12 N of scores, 12 N of results; never N x K. With float32 and D = 64 that is
+// 600 bytes a row against 131072 flops a row at K = 1024: 220 flops a byte, more than memory needs (A100: 153, from
+// 312 TFLOP/s and 2 TB/s). The codebook comes from the second-level cache, once a block of 128 rows: 128 flops a byte.
+// K is split where rows alone do not make two blocks a multiprocessor.
+// Numerics: docs/numerics.md. A coarse score chooses a winner only where the bound (vqk/error_bound.h) proves it:
+// results are bit equal to the reference whatever the arithmetic. certified = false takes the lowest coarse score.
+// Determinism: a list's order depends on the order of blocks; rows are decided one by one, so results do not.
+// Shared memory and registers planned: 16 KB a chunk, coarse.cuh; 64 to 96 KB, 232 registers, no spills: two blocks a
+// multiprocessor on sm_80, 90, 100, one on sm_120. A grid needs no more than 2^31 blocks of 128 rows.
+// Limits: codebooks of equal codewords, and clusters much farther from the origin than they are wide, send every row
+// to compare, and there every codeword to float64: right, and slow. GeForce cards have 1/64 of the float64 rate: there
+// the canonical distances of the winners, 3 N D operations, may take longer than the coarse pass.
+// Compiled, not run: timings and tuning are open.
+#include "few.cuh"
 #include "vqk/launch.h"
 
 namespace vqk::cuda {
@@ -45,7 +75,7 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
       const Lengths lengths = copy_row<Arithmetic>(z + row * D, D, magnitude >= 0, exponent(magnitude),
                                                    [&](int i, uint32_t word) { words[i] = word; });
       if (threadIdx.x % 8) continue;
-      margins[to] = row_margin<T>(bytes / Arithmetic::kBytes, magnitude, lengths, largest[h], l2);
+      margins[to] = row_margin<Arithmetic, T>(bytes / Arithmetic::kBytes, magnitude, lengths, largest[h], l2);
     }
 }
 
@@ -66,8 +96,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const float* half_norms = codebook.half_norms + h * codebook.padded_K;
   const int tiles = static_cast<int>(codebook.padded_K / kTile), tile = blockIdx.y * share;
   coarse_pass<Arithmetic>(
-      shared, rows + first * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, tile, min(tile + share, tiles),
-      [](int i) { return static_cast<int64_t>(i); },
+      shared, rows + first * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, tile,
+      min(tile + share, tiles), [](int i) { return static_cast<int64_t>(i); },
       [&](int at, const Accumulators& acc) { keep_lowest(acc, half_norms, at, ratio, lowest); });
   Lowest* other = reinterpret_cast<Lowest*>(shared);  // of the other half of the codewords
 #pragma unroll
@@ -184,12 +214,34 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 }
 
 template <class T>
+__global__ void __launch_bounds__(kFewThreads, 4)
+    few_compare_kernel(const T* __restrict__ z, const T* __restrict__ codewords, const float* __restrict__ rows,
+                       CoarseCodebook codebook, const Margin* __restrict__ margins, const int* __restrict__ counts,
+                       const int64_t* __restrict__ listed, const float* __restrict__ limits,
+                       int64_t* __restrict__ indices, wide_t<T>* __restrict__ distances, int64_t H, int64_t N,
+                       int64_t padded_N, int64_t K, int64_t D, int features, Metric metric) {
+  constexpr int kWarps = kFewThreads / 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  for (int64_t h = blockIdx.y; h < H; h += gridDim.y)
+    for (int64_t i = first; i < counts[h]; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+      const int64_t n = listed[h * N + i], at = h * padded_N + n;
+      const Found found = few_compare(z + (h * N + n) * D, codewords + h * K * D, rows + at * features, codebook, h,
+                                      margins[at].ratio, limits[h * N + i], D, features, metric == Metric::l2);
+      if (threadIdx.x % 32 == 0) store_row(indices, distances, h * N + n, false, found, metric);
+    }
+}
+
+template <class T>
 struct ArithmeticOf {
   using type = Fp16;  // 11 significant bits of scaled values, as many as tf32 has, at twice the speed
 };
 template <>
 struct ArithmeticOf<__nv_bfloat16> {
-  using type = Bf16;
+  using type = Bf16;  // exact
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = Tf32;  // no value is too small beside the row's largest
 };
 
 // Which kernels: a scan where there is little work or no bound, or the coarse pass.
@@ -211,8 +263,9 @@ struct Workspace {
 
   template <class Arithmetic>
   void take(const NearestCodewordParams& p, Scratch& scratch) {
+    constexpr int64_t kRows = Arithmetic::kTensorCores ? kTile : kFewRows * kFewThreads;  // of a block
     padded_N = round_up(p.N, kTile), copy = copy_bytes<Arithmetic>(p.D);
-    const int64_t tiles = (p.K + kTile - 1) / kTile, blocks = p.H * (padded_N / kTile);
+    const int64_t tiles = (p.K + kTile - 1) / kTile, blocks = p.H * ((padded_N + kRows - 1) / kRows);
     const int64_t wanted = (2 * multiprocessors() + blocks - 1) / blocks;  // splits, to have two blocks each
     share = static_cast<int>((tiles + wanted - 1) / wanted);
     splits = static_cast<unsigned>((tiles + share - 1) / share);
@@ -231,7 +284,9 @@ struct Workspace {
     unit_z = scratch.take<char>(cosine * size * p.H * p.N * p.D);
     unit_codebook = scratch.take<char>(cosine * size * p.H * p.K * p.D);
     if (!scans(p) && p.H * p.N > 0) {
-      if (p.dtype == DType::bf16 && !cosine) take<Bf16>(p, scratch);
+      if (p.D < kFewFeatures) take<Fp32>(p, scratch);
+      else if (p.dtype == DType::f64) take<Tf32>(p, scratch);
+      else if (p.dtype == DType::bf16 && !cosine) take<Bf16>(p, scratch);
       else take<Fp16>(p, scratch);
     }
     bytes = scratch.bytes();
@@ -240,35 +295,81 @@ struct Workspace {
 
 // z and codebook as they are compared: as they came, or normalised.
 template <class T>
-void search(const NearestCodewordParams& p, const void* z_, const void* codebook_, const Workspace& w,
-            cudaStream_t stream) {
-  using Arithmetic = typename ArithmeticOf<T>::type;
-  const T *z = static_cast<const T*>(z_), *codebook = static_cast<const T*>(codebook_);
+struct Search {
+  const NearestCodewordParams& p;
+  const Workspace& w;
+  const T *z, *codebook;
+  cudaStream_t stream;
   wide_t<T>* distances = static_cast<wide_t<T>*>(p.distances);
-  const int64_t rows = p.H * p.N, padded_rows = p.H * w.padded_N;
-  const bool l2 = p.metric == Metric::l2;
-  if (scans(p)) {
+
+  void scan() const {
+    const int64_t rows = p.H * p.N;
     VQK_LAUNCH(scan_kernel<T>, grid_size((rows + 3) / 4, 16), kScanThreads, 0, stream, z, codebook, p.mask, p.indices,
                distances, rows, p.N, p.K, p.D, p.metric);
-    return;
   }
-  copy_codebook<Arithmetic, T>(codebook, w.codebook, p.H, p.K, p.D, l2, stream);
-  VQK_LAUNCH((copy_rows_kernel<Arithmetic, T>), copy_grid(p.H, w.padded_N), kCopyThreads, 0, stream, z, p.mask,
-             w.codebook.largest, w.rows, w.margins, p.H, p.N, w.padded_N, p.D, l2);
-  const int shared = pass_shared_bytes(w.copy);
-  allow_shared(coarse_kernel<Arithmetic>, shared);
-  VQK_LAUNCH(coarse_kernel<Arithmetic>, dim3(static_cast<unsigned>(padded_rows / kTile), w.splits), kTileThreads, shared,
-             stream, w.rows, w.codebook, w.margins, w.scores, p.H, w.padded_N, w.copy, w.share);
-  cudaMemsetAsync(w.counts, 0, p.H * sizeof(int), stream);
-  VQK_LAUNCH(select_kernel<T>, grid_size(padded_rows / kSelectThreads, 16), kSelectThreads, 0, stream, z, codebook,
-             p.mask, w.margins, w.scores, static_cast<int>(w.splits), w.counts, w.listed, w.limits, p.indices, distances,
-             p.H, p.N, w.padded_N, p.K, p.D, p.metric, p.certified);
-  allow_shared((compare_kernel<Arithmetic, T>), shared);
-  const unsigned heads = static_cast<unsigned>(p.H < 65535 ? p.H : 65535);
-  const int64_t per_head = 2 * multiprocessors() / heads + 1, steps = w.padded_N / kTile;
-  VQK_LAUNCH((compare_kernel<Arithmetic, T>), dim3(static_cast<unsigned>(steps < per_head ? steps : per_head), heads),
-             kTileThreads, shared, stream, z, codebook, w.rows, w.codebook, w.margins, w.counts, w.listed, w.limits,
-             p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, w.copy, p.metric);
+
+  template <class Arithmetic>
+  void copy() const {
+    const bool l2 = p.metric == Metric::l2;
+    copy_codebook<Arithmetic, T>(codebook, w.codebook, p.H, p.K, p.D, l2, stream);
+    VQK_LAUNCH((copy_rows_kernel<Arithmetic, T>), copy_grid(p.H, w.padded_N), kCopyThreads, 0, stream, z, p.mask,
+               w.codebook.largest, w.rows, w.margins, p.H, p.N, w.padded_N, p.D, l2);
+  }
+
+  void select() const {
+    cudaMemsetAsync(w.counts, 0, p.H * sizeof(int), stream);
+    VQK_LAUNCH(select_kernel<T>, grid_size(p.H * w.padded_N / kSelectThreads, 16), kSelectThreads, 0, stream, z,
+               codebook, p.mask, w.margins, w.scores, static_cast<int>(w.splits), w.counts, w.listed, w.limits,
+               p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, p.metric, p.certified);
+  }
+
+  // Blocks (steps of the list, heads) of a kernel that walks the lists: their lengths are not known here.
+  dim3 list_grid(int64_t steps) const {
+    const unsigned heads = static_cast<unsigned>(p.H < 65535 ? p.H : 65535);
+    return {grid_size(steps, 2 / heads + 1), heads};
+  }
+
+  void on_tensor_cores() const {
+    using Arithmetic = typename ArithmeticOf<T>::type;
+    copy<Arithmetic>();
+    const int shared = pass_shared_bytes(w.copy);
+    allow_shared(coarse_kernel<Arithmetic>, shared);
+    const dim3 grid(static_cast<unsigned>(p.H * w.padded_N / kTile), w.splits);
+    VQK_LAUNCH(coarse_kernel<Arithmetic>, grid, kTileThreads, shared, stream, w.rows, w.codebook, w.margins, w.scores,
+               p.H, w.padded_N, w.copy, w.share);
+    select();
+    allow_shared((compare_kernel<Arithmetic, T>), shared);
+    VQK_LAUNCH((compare_kernel<Arithmetic, T>), list_grid(w.padded_N / kTile), kTileThreads, shared, stream, z,
+               codebook, w.rows, w.codebook, w.margins, w.counts, w.listed, w.limits, p.indices, distances, p.H, p.N, w.padded_N,
+               p.K, p.D, w.copy, p.metric);
+  }
+
+  template <int kFeatures>
+  void of_few_features() const {
+    constexpr int64_t kRows = kFewRows * kFewThreads;
+    copy<Fp32>();
+    const float* rows = reinterpret_cast<const float*>(w.rows);
+    const dim3 grid(static_cast<unsigned>(p.H * ((w.padded_N + kRows - 1) / kRows)), w.splits);
+    VQK_LAUNCH(few_kernel<kFeatures>, grid, kFewThreads, 0, stream, rows, w.codebook, w.margins, w.scores, p.H,
+               w.padded_N, w.share);
+    select();
+    VQK_LAUNCH(few_compare_kernel<T>, list_grid((p.N + 3) / 4), kFewThreads, 0, stream, z, codebook, rows, w.codebook,
+               w.margins, w.counts, w.listed, w.limits, p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, kFeatures,
+               p.metric);
+  }
+
+  void run() const {
+    if (scans(p)) scan();
+    else if (p.D <= 8) of_few_features<8>();
+    else if (p.D < kFewFeatures) of_few_features<16>();
+    else on_tensor_cores();
+  }
+};
+
+template <class T>
+void search(const NearestCodewordParams& p, const void* z, const void* codebook, const Workspace& w,
+            cudaStream_t stream) {
+  Search<T>{p, w, static_cast<const T*>(z), static_cast<const T*>(codebook), stream}.run();
 }
 
 }  // namespace

@@ -1,4 +1,35 @@
 // residual_quantize: r_0 = z; k_l = nearest(r_{l-1}); r_l = r_{l-1} - c_l; quantized = (c_1 + c_2) + ...
+//
+//   in   z [H,N,D], codebooks Q x [H,K_l,D], mask [H,N] or null; float, double, bf16 or f16
+//   out  indices int64 [H,N,Q], quantized [H,N,D], losses [Q] float (double for double), valid int64
+//
+//   copy      every codebook, scaled and rounded to fp16 (of levels that share one, once)
+//   levels    block = 128 rows of one head, all levels:
+//
+//       z --> residual --+--> scaled, rounded to fp16 --> coarse pass over the level's codebook (coarse.cuh)
+//             ^          |                                     |  best, index, second of each row's 8 threads
+//             |          +--> canonical comparison <-----------+  where the bound does not decide: of those 8,
+//             |                          |                        or, if one hides another, of all, scored again
+//             +---- residual - c <-- index
+//       after the last level: quantized from the indices; valid rows and squared residuals of the block
+//   losses    (level)  adds the blocks' sums
+//   scan      instead of copy and levels, where there is little work: one warp a row, every codeword canonically
+//
+// The fp16 copy stays in shared memory while a codebook streams by (D <= 128; longer rows are fetched with each tile).
+// The residual itself, float (double for double), lies in memory that no other block touches (float, double: in the
+// place of quantized): a block writes and reads it once a level, so it stays in the caches.
+//
+// Work: Q x 2NKD flops on tensor cores, 6 instructions a score beside them as in nearest_codeword, which also says
+// where which is the roof. Bytes: z once, quantized once, 8 Q a row of indices, 8 Q of squares; codebooks once a block
+// from the second-level cache, 128 flops a byte.
+// Numerics: every level's index is the certified nearest codeword of its residual, bit equal to the reference
+// (docs/numerics.md). fp16 for every dtype: scaled to its own exponent a residual keeps 11 bits at any level.
+// Subtractions and additions are one IEEE operation an element. Losses add squares in double.
+// Determinism: no atomics but of bits; sums in a fixed order: the same on every run.
+// Shared memory and registers planned: 4 to 6 chunks of 16 KB and 5 KB; up to 254 registers, no spills: two blocks a
+// multiprocessor on sm_80, 90, 100 (one on sm_120).
+// Limits: as nearest_codeword's; rows alone make blocks, so fewer than 128 x 2 x multiprocessors rows leave some idle.
+// Compiled, not run: timings and tuning are open.
 #include "coarse.cuh"
 #include "vqk/launch.h"
 
@@ -32,8 +63,8 @@ __global__ void set_levels_kernel(Level* to, Levels levels, int count) {
 template <class T>
 __global__ void __launch_bounds__(kScanThreads)
     scan_kernel(const T* z, const Level* __restrict__ levels, const bool* __restrict__ mask, wide_t<T>* residual,
-                wide_t<T>* unit, int64_t* indices, T* quantized, double* __restrict__ sums, int64_t* __restrict__ counts, int64_t rows,
-                int64_t N, int64_t Q, int64_t D, Metric metric) {
+                wide_t<T>* unit, int64_t* indices, T* quantized, double* __restrict__ sums,
+                int64_t* __restrict__ counts, int64_t rows, int64_t N, int64_t Q, int64_t D, Metric metric) {
   using A = wide_t<T>;
   const int lane = threadIdx.x % 32;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kScanThreads / 32);
@@ -136,7 +167,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                                 : copy + i * bytes + word * 4;
             *reinterpret_cast<uint32_t*>(to) = value;
           });
-      if (in_group == 0) margins[i] = row_margin<A>(bytes / 2, magnitude, lengths, coarse.largest[h], l2);
+      if (in_group == 0) margins[i] = row_margin<Fp16, A>(bytes / 2, magnitude, lengths, coarse.largest[h], l2);
     }
     __syncthreads();
 
@@ -145,9 +176,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
     for (int r = 0; r < 8; ++r) ratio[r] = margins[place.first_row + 8 * r].ratio, lowest[r] = kNothing;
     auto at = [](int i) { return static_cast<int64_t>(i); };
-    coarse_pass<Fp16>(shared, resident ? nullptr : copy, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
-      keep_lowest(acc, half_norms, tile, ratio, lowest);
-    });
+    const char* const rows = resident ? nullptr : copy;
+    coarse_pass<Fp16>(
+        shared, rows, codes, bytes, 0, tiles, at,
+        [&](int tile, const Accumulators& acc) { keep_lowest(acc, half_norms, tile, ratio, lowest); });
 #pragma unroll
     for (int r = 0; r < 8; ++r)
       lanes[(place.first_row + 8 * r) * kLanes + threadIdx.x / 64 * 4 + threadIdx.x % 4] = lowest[r];
@@ -185,7 +217,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       float limit[8];
 #pragma unroll
       for (int r = 0; r < 8; ++r) limit[r] = limits[place.first_row + 8 * r];
-      coarse_pass<Fp16>(shared, resident ? nullptr : copy, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
+      coarse_pass<Fp16>(shared, rows, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
         mark_survivors(acc, half_norms, tile, ratio, limit, survivors);
         __syncthreads();
         if (cosine) compare_survivors(survivors, tile, mine, units, D, false, choice);
@@ -213,6 +245,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   for (int i = group; i < kTile; i += kTileThreads / 8) {
     const bool alive = largest_magnitude(residual + (base + i) * D, D, chosen[i] >= 0) >= 0;
+    __syncwarp();  // all lanes have read it
     if (in_group == 0) chosen[i] = alive ? 0 : -1;
     if (i >= here) continue;
     const bool masked = mask && !mask[base + i];
@@ -228,6 +261,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
     for (int64_t l = in_group; l < Q && !alive; l += 8) indices[(base + i) * Q + l] = -1;
   }
+  __syncthreads();  // the argument of the next one is read before it
+  __syncthreads();
   const int valid = __syncthreads_count(chosen[threadIdx.x] >= 0);
   if (threadIdx.x == 0) counts[blockIdx.x] = valid;
   for (int64_t l = threadIdx.x / 32; l < Q; l += kTileThreads / 32) {

@@ -56,6 +56,7 @@ PLANS = (
     Plan("fsq", "backward_kernel", registers=64),
     Plan("nearest_codeword", "coarse_kernel|compare_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
     Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
+    Plan("nearest_codeword", "few_kernel", registers=128),
     Plan("nearest_codeword", "select_kernel", registers=96, load=32),
     Plan(SEARCHES, "", registers=80, load=32),
     Plan("residual_quantize_backward", "backward_kernel", registers=128),

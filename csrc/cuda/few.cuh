@@ -32,6 +32,8 @@ __device__ inline float few_score(const float (&x)[kFeatures], const float* code
   return __fmaf_rn(-ratio, dot, half);
 }
 
+namespace {
+
 // Block (512 rows of a head, split) -> scores [splits,H,padded_N], as coarse_kernel's.
 template <int kFeatures>
 __global__ void __launch_bounds__(kFewThreads)
@@ -79,6 +81,8 @@ __global__ void __launch_bounds__(kFewThreads)
     if (n < padded_N) scores[(blockIdx.y * H + h) * padded_N + n] = lowest[r];
   }
 }
+
+}  // namespace
 
 // One warp a listed row: scores again, and what is within the row's limit compared canonically. All lanes get it.
 template <class T>

@@ -53,7 +53,7 @@ struct Levels {
   Level level[kLevelsAtOnce];
 };
 
-__global__ void set_levels_kernel(Level* to, Levels levels, int count) {
+__global__ void __launch_bounds__(1) set_levels_kernel(Level* to, Levels levels, int count) {
 #pragma unroll
   for (int i = 0; i < kLevelsAtOnce; ++i)
     if (i < count) to[i] = levels.level[i];

@@ -75,6 +75,8 @@ def test_the_stream_is_looked_up_not_linked():
     symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True).stdout
     cuda = json.loads((PACKAGE / "_build_info.json").read_text())["cuda"]
     assert name not in symbols and (name.encode() in library.read_bytes()) == cuda
+    # Python loads torch's libraries without RTLD_GLOBAL, so the default scope does not have it either
+    assert (b"libtorch_cuda.so" in library.read_bytes()) == cuda
 
 
 def test_native_module_knows_no_torch():

@@ -58,7 +58,7 @@ PLANS = (
     Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
     Plan("nearest_codeword", "few_kernel", registers=128),
     Plan("nearest_codeword", "select_kernel", registers=96, load=32),
-    Plan(SEARCHES, "", registers=80, load=32),
+    Plan(SEARCHES, "", registers=128, load=32),
     Plan("residual_quantize_backward", "backward_kernel", registers=128),
     Plan("rotation_trick", r"backward_kernel<.*, 1, 0>", registers=128, load=32),
     Plan("rotation_trick", "backward_kernel", registers=128),

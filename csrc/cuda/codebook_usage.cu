@@ -3,13 +3,21 @@
 //   in   indices int64 [S,N]; negative ones and those >= K are skipped
 //   out  counts  int64 [S,K]; `bad` is not written: the host would have to wait for the device to read it
 //
-//   block (x, s): a stripe of row s --> histograms in shared memory, one per few warps --> atomicAdd to counts[s,:]
-//   K too large for shared memory:  --> atomicAdd to counts[s,:] at once
+//   block (x, s):  row s  | 256 indices | 256 of other blocks | ... | 256 indices | ...
+//                              | atomicAdd, int32 in shared memory
+//                  histograms [copies, K], warp w counts in copy w mod copies
+//                              | added up, one atomicAdd a bin, int64
+//                  counts[s,:]
+//   K above 12288, too large for shared memory:  --> atomicAdd to counts[s,:] at once
 //
-// Work and bytes: one read of the indices, 8 S N bytes: memory bound. Expected limit: atomics on one bin when the
-// codebook has collapsed; several histograms a block spread them.
+// Work and bytes: one read of the indices, 8 S N bytes, in coalesced 64-bit loads, four under way a thread: memory bound.
+// Expected limit: atomics on one bin when the codebook has collapsed; several histograms a block spread them. A block
+// counts at least K indices, so clearing and adding up its bins stays the smaller part.
+// Numerics: a block counts fewer than 2^32 indices in 32 bits; 64 bits across blocks.
 // Determinism: integer sums: any order gives the same result.
-// Compiled, not run: timings and tuning are open.
+// Shared memory: min(8, 12288 / K) histograms of 4 K bytes, at most 48 KB. Registers: about 32: 8 blocks of 256
+// threads a multiprocessor where shared memory allows.
+// Run on emulators only: timings and tuning are open.
 #include "common.cuh"
 #include "vqk/launch.h"
 
@@ -29,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const int64_t* __restri
     __syncthreads();
     unsigned* mine = bins + (copies ? (threadIdx.x / 32) % copies * K : 0);
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+#pragma unroll 4
     for (int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; n < N; n += step) {
       const int64_t k = indices[s * N + n];
       if (k < 0 || k >= K) continue;

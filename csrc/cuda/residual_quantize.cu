@@ -53,15 +53,15 @@ struct Levels {
   Level level[kLevelsAtOnce];
 };
 
-__global__ void __launch_bounds__(1) set_levels_kernel(Level* to, Levels levels, int count) {
+__global__ void __launch_bounds__(32) set_levels_kernel(Level* to, Levels levels, int count) {
 #pragma unroll
   for (int i = 0; i < kLevelsAtOnce; ++i)
-    if (i < count) to[i] = levels.level[i];
+    if (i < count && threadIdx.x == 0) to[i] = levels.level[i];
 }
 
 // One warp takes one row through all levels. residual [rows,D]; sums [Q,rows]; counts [rows].
 template <class T>
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kScanThreads, 4)
     scan_kernel(const T* z, const Level* __restrict__ levels, const bool* __restrict__ mask, wide_t<T>* residual,
                 wide_t<T>* unit, int64_t* indices, T* quantized, double* __restrict__ sums,
                 int64_t* __restrict__ counts, int64_t rows, int64_t N, int64_t Q, int64_t D, Metric metric) {
@@ -368,7 +368,7 @@ void run(const ResidualQuantizeParams& p, void* workspace, cudaStream_t stream) 
     if (l == 0 || p.codebooks[l] != p.codebooks[l - 1] || p.K[l] != p.K[l - 1]) prepare<T>(p, level, w.scan, stream);
     const int count = static_cast<int>(l % kLevelsAtOnce) + 1;
     if (count == kLevelsAtOnce || l == p.Q - 1)
-      VQK_LAUNCH(set_levels_kernel, 1, 1, 0, stream, w.levels + l - count + 1, levels, count);
+      VQK_LAUNCH(set_levels_kernel, 1, 32, 0, stream, w.levels + l - count + 1, levels, count);
   }
   const T* z = static_cast<const T*>(p.z);
   A *residual = static_cast<A*>(w.residual), *unit = static_cast<A*>(w.unit);

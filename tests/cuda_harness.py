@@ -302,7 +302,7 @@ def _demangle():
 def demangled(name: str) -> str:
     """A kernel's name with its template arguments, from the name of vqk::emulator::Kernel<it> or from PTX."""
     text = _demangle()(name if name.startswith("_Z") else "_Z" + name)
-    text = text.split("(anonymous namespace)::", 1)[-1]
+    text = re.split(r"vqk::cuda::(?:\(anonymous namespace\)::)?", text, maxsplit=1)[-1]
     depth = 0
     for at, letter in enumerate(text):
         depth += {"<": 1, ">": -1}.get(letter, 0)

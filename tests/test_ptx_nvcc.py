@@ -1,5 +1,5 @@
-"""The CUDA kernels as nvcc translates them, on the PTX emulator with its race check, against the reference: launched by the
-launchers of csrc/cuda themselves, every kernel at least once."""
+"""The CUDA kernels as nvcc translates them, on the PTX emulator, against the reference: launched by the launchers of csrc/cuda
+themselves, every kernel and every template instance at least once, one instance of each with the race check."""
 
 import re
 from functools import cache
@@ -34,9 +34,11 @@ def test_kernels(name):
     for case in cases:
         case.runs = 1
     chosen = cuda_ptx.few_cases(library(name), cases)
-    launches = 0
+    launches, checked = 0, set()
     for case in chosen:
-        wrong, outputs, launched = library(name).call(case, racecheck=True)
+        kernels = {kernel.split("<")[0] for kernel in library(name).call(case, execute=False)[2]}
+        wrong, outputs, launched = library(name).call(case, racecheck=not checked.issuperset(kernels))
+        checked |= kernels
         detail = wrong or verify.judge(SPECS[case.op], outputs, case.args)[0]
         assert detail == "", f"{case.label}, seed {case.seed}: {detail}"
         launches += len(launched)

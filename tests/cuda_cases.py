@@ -45,6 +45,8 @@ def codeword_sums(dtype):
     ]
     if dtype == torch.float32:
         out.append(("collapsed", (z[..., :2].contiguous(), torch.full((1, 5000), 1), 2)))
+        most = _integers(9, 1, 67000, 1, seed=94, low=-9).float()  # more tiles than a warp has lanes
+        out.append(("33 tiles", (most, _integers(200, 1, 67000, seed=95), 200)))
         out.append(("three passes", (z[:, :60, :1].contiguous(), codes[:, :60] * 1000, 70000)))
         out.append(("D0", (z[..., :0], codes, 70)))
     return out
@@ -158,6 +160,8 @@ def nearest_codeword(dtype):
     out.append(("many alike", (z.to(dtype), c.to(dtype), None, 0, True)))
     c, z = c[..., :11].contiguous(), z[..., :11].contiguous()
     out.append(("few features, many alike", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
+    c = _randn(1, 1, 11, seed=79) + _randn(1, 40, 11, seed=80, scale=2.0**-20)
+    out.append(("few features, nearly equal", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 150, 20, seed=83, dtype=dtype)
     out.append(("fast", (c[:, ::3].contiguous() * 1.25, c, None, 0, False)))
     return out

@@ -55,7 +55,9 @@ PLANS = (
     Plan("fsq", "fsq_kernel", registers=64, shared=5 << 10, most=48 << 10),
     Plan("fsq", "backward_kernel", registers=64),
     Plan("nearest_codeword", "coarse_kernel|compare_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
-    Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
+    # 96 KB where a block may have them, D > 128; elsewhere the scan takes over
+    Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 80 << 10, TENSOR_CORES),
+    Plan("residual_quantize$", "set_levels_kernel", registers=40, load=0),
     Plan("nearest_codeword", "few_kernel", registers=128),
     Plan("nearest_codeword", "select_kernel", registers=96, load=32),
     Plan(SEARCHES, "", registers=128, load=32),

@@ -13,7 +13,8 @@
 //             +---- residual - c <-- index
 //       after the last level: quantized from the indices; valid rows and squared residuals of the block
 //   losses    (level)  adds the blocks' sums
-//   scan      instead of copy and levels, where there is little work: one warp a row, every codeword canonically
+//   scan      instead of copy and levels, where there is little work or too little shared memory (D > 128 on sm_86, 89,
+//             120): one warp a row, every codeword canonically
 //
 // The fp16 copy stays in shared memory while a codebook streams by (D <= 128; longer rows are fetched with each tile).
 // The residual itself, float (double for double), lies in memory that no other block touches (float, double: in the
@@ -301,11 +302,17 @@ __global__ void __launch_bounds__(kLossThreads)
   if (blockIdx.x == 0) *valid = rows;
 }
 
-// A scan where there is little work or no bound, else the coarse pass.
+// A scan where there is little work, no bound, or too little shared memory for a block of levels_kernel: on chips with
+// 99 KB (sm_86, sm_89, sm_120) where rows do not stay there, D > 128. Else the coarse pass.
 bool scans(const ResidualQuantizeParams& p) {
   int64_t codes = 0;
   for (int64_t l = 0; l < p.Q; ++l) codes += p.K[l];
-  return p.N * codes * p.D <= kScanWork || p.D > kMaxFeatures;
+  if (p.N * codes * p.D <= kScanWork || p.D > kMaxFeatures) return true;
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int own = sizeof(Survivors) + kTile * (sizeof(Margin) + sizeof(float) + sizeof(int64_t));
+  return pass_shared_bytes(copy_bytes<Fp16>(p.D)) + own > most;
 }
 
 struct Workspace {

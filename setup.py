@@ -10,6 +10,8 @@ The kernels are compiled once and linked into both. Environment:
     VQK_ARCHS  CUDA architectures, default "8.0;9.0;10.0;12.0+PTX"
     CUDA_HOME  where the CUDA toolkit is, when nvcc is not on PATH
     MAX_JOBS   parallel compilations; default from cores and memory
+    VQK_STRICT 1: the compilers' warnings are errors, those of ptxas about spills and local memory too. For tests: a
+               compiler of another version may find something new to say
 
 What was built, and why something was not, is recorded in vqkernels/_build_info.json.
 """
@@ -37,10 +39,11 @@ CXX_FLAGS = "-O3 -std=c++20 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -W
 CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, Python 3.10
 NVCC_FLAGS = [
-    *"-O3 -std=c++17 --expt-relaxed-constexpr".split(),
+    *"-O3 -std=c++17 --expt-relaxed-constexpr -lineinfo".split(),  # profilers and sanitizers then name source lines
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
 ]
+STRICT_CXX, STRICT_NVCC = ["-Werror"], ["-Werror=all-warnings", "-Xptxas=--warning-as-error"]
 
 
 def find_compiler(env):
@@ -115,7 +118,9 @@ def run_output(*command):
 def make_plan(env):
     """What will be built on this machine, and why not the rest: the contents of _build_info.json, and the commands."""
     info = {"cpu": False, "cpu_reason": None, "cuda": False, "cuda_reason": None, "cuda_archs": []}
+    strict = env.get("VQK_STRICT") == "1"
     tools = {"cxx": None, "nvcc": None, "gencode": []}
+    tools |= {"cxx_flags": CXX_FLAGS + STRICT_CXX * strict, "nvcc_flags": NVCC_FLAGS + STRICT_NVCC * strict}
     nvcc, info["cuda_reason"] = find_nvcc(env)
     cxx, info["cpu_reason"] = find_compiler(env)
     if cxx is None:
@@ -124,13 +129,17 @@ def make_plan(env):
         info["cuda_reason"] = info["cpu_reason"]
         return info, tools
     tools["cxx"] = cxx
-    info |= {"cpu": True, "compiler": run_output(*cxx, "--version").split("\n")[0], "flags": " ".join(CXX_FLAGS)}
+    info |= {
+        "cpu": True,
+        "compiler": run_output(*cxx, "--version").split("\n")[0],
+        "flags": " ".join(tools["cxx_flags"]),
+    }
     info["simd"] = ["portable", "avx2", "avx512", "vnni"] if os.uname().machine == "x86_64" else ["portable"]
     if nvcc:
         known = {code.removeprefix("sm_") for code in run_output(nvcc, "--list-gpu-code").split()}
         tools["nvcc"], (tools["gencode"], info["cuda_archs"]) = nvcc, arch_flags(env.get("VQK_ARCHS"), known)
         info |= {"cuda": True, "nvcc": run_output(nvcc, "--version").split("\n")[-2]}
-        info["nvcc_flags"] = " ".join(NVCC_FLAGS)
+        info["nvcc_flags"] = " ".join(tools["nvcc_flags"])
     return info, tools
 
 
@@ -169,18 +178,19 @@ def ninja_file(tools, outputs):
         return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
     cxx, link = tools["cxx"], [*tools["cxx"], "-shared", "-Wl,--exclude-libs,ALL"]
+    flags = quote(tools["cxx_flags"] + include)
     lines = [
-        f"rule cxx\n  command = {quote(cxx)} -MMD -MF $out.d {quote(CXX_FLAGS + include)} $flags -c $in -o $out",
+        f"rule cxx\n  command = {quote(cxx)} -MMD -MF $out.d {flags} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
         f"rule link\n  command = {quote(link)} $in -o $out $flags\n  description = link $out",
     ]
     if cuda:
         host = next(filter(None, map(shutil.which, reversed(cxx))))  # the compiler itself in "ccache g++"
         nvcc = [tools["nvcc"], "-ccbin", host]
-        compile_cuda = quote(nvcc + NVCC_FLAGS + tools["gencode"] + include)
+        compile_cuda = quote(nvcc + tools["nvcc_flags"] + tools["gencode"] + include)
         link_cuda = quote([*nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"])
         lines += [
-            f"rule nvcc\n  command = {compile_cuda} -MMD -MF $out.d -c $in -o $out",
+            f"rule nvcc\n  command = {compile_cuda} -MMD -MF $out.d -c $in -o $out && times > $out.times",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
             f"rule link_cuda\n  command = {link_cuda} $in -o $out $flags\n  description = link $out",
         ]
@@ -234,7 +244,17 @@ class BuildExt(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, target)
+        PLAN["cuda_seconds"] = compile_seconds(folder)
         write_info(self.distribution.get_version())
+
+
+def compile_seconds(folder):
+    """{op: seconds of one core that nvcc took for its file, for all architectures}, from what the shell noted."""
+    return {
+        path.name.split(".")[0]: round(sum(60 * int(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", text)), 1)
+        for path in sorted(folder.glob("cuda/*.times"))
+        for text in [path.read_text()]
+    }
 
 
 def write_info(version):

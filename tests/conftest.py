@@ -24,15 +24,17 @@ def pytest_terminal_summary(terminalreporter):
     if pairs is not None and pairs.record.comparisons:
         terminalreporter.write_line(pairs.record.summary())
     reports = [r for some in terminalreporter.stats.values() for r in some if isinstance(r, pytest.TestReport)]
-    total = 0.0
+    totals: dict[str, float] = {}
     for file in sorted({r.nodeid.split("::")[0] for r in reports}):
         module = Path(file).stem
-        if module.startswith(("test_triton", "test_ptx", "test_tuning")):
-            for line in getattr(sys.modules.get(module), "printed", ()):
-                terminalreporter.write_line(line)
-            of_file = [r for r in reports if r.nodeid.startswith(f"{file}::")]
-            seconds, passed = sum(r.duration for r in of_file), sum(r.passed and r.when == "call" for r in of_file)
-            terminalreporter.write_line(f"{file}: {passed} tests passed in {seconds:.0f} s")
-            total += seconds
-    if total:
-        terminalreporter.write_line(f"Triton kernels and PTX: {total:.0f} s")
+        if not module.startswith(("test_triton", "test_ptx", "test_tuning", "test_cuda")):
+            continue
+        for line in getattr(sys.modules.get(module), "printed", ()):
+            terminalreporter.write_line(line)
+        of_file = [r for r in reports if r.nodeid.startswith(f"{file}::")]
+        seconds, passed = sum(r.duration for r in of_file), sum(r.passed and r.when == "call" for r in of_file)
+        terminalreporter.write_line(f"{file}: {passed} tests passed in {seconds:.0f} s")
+        kernels = "CUDA" if module.startswith("test_cuda") or module == "test_ptx_nvcc" else "Triton"
+        totals[kernels] = totals.get(kernels, 0.0) + seconds
+    for kernels, seconds in totals.items():
+        terminalreporter.write_line(f"{kernels} kernels: {seconds:.0f} s")

@@ -69,6 +69,16 @@ def test_torch_library_needs_only_libtorch_cpu():
     assert "RUNPATH" not in out and "RPATH" not in out
 
 
+def test_the_stream_is_looked_up_not_linked():
+    # libtorch_cuda has the function, a torch without CUDA does not and must load the library all the same
+    name, library = "aoti_torch_get_current_cuda_stream", binary("_C*.so")
+    symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True).stdout
+    cuda = json.loads((PACKAGE / "_build_info.json").read_text())["cuda"]
+    assert name not in symbols and (name.encode() in library.read_bytes()) == cuda
+    # Python loads torch's libraries without RTLD_GLOBAL, so the default scope does not have it either
+    assert (b"libtorch_cuda.so" in library.read_bytes()) == cuda
+
+
 def test_native_module_knows_no_torch():
     out = subprocess.run(["readelf", "-d", binary("_native*.so")], capture_output=True, text=True).stdout
     assert "torch" not in out and "c10" not in out
@@ -91,6 +101,23 @@ def test_cuda_kernels_are_registered_when_built():
         assert vqkernels.registry.SPECS[op]
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqkernels::{op}", "CPU")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqkernels::{op}", "CUDA") == info["cuda"]
+
+
+def test_compile_time_of_each_cuda_file():
+    info = json.loads((PACKAGE / "_build_info.json").read_text())
+    seconds = info.get("cuda_seconds", {})
+    assert set(seconds) == ({path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} if info["cuda"] else set())
+    slow = {op: s for op, s in seconds.items() if s > 60}
+    assert not slow, f"nvcc takes more than a minute of one core for {slow}: fewer template instances, or two files"
+
+
+def test_strict_turns_warnings_into_errors(build, tmp_path):
+    for strict in ("0", "1"):
+        info, tools = build.make_plan(os.environ | {"VQK_STRICT": strict})
+        (tmp_path / "build.ninja").write_text(build.ninja_file(tools, ["_C.so", "_native.so"]))
+        rules = re.findall(r"^  command = (.*-c \$in.*)$", (tmp_path / "build.ninja").read_text(), re.M)
+        assert len(rules) == 1 + info["cuda"] and all(("-Werror" in rule) == (strict == "1") for rule in rules)
+        assert ("--warning-as-error" in rules[-1]) == (strict == "1" and info["cuda"])
 
 
 def test_cuda_auto_without_nvcc_builds_the_rest(build, tools):

@@ -11,7 +11,7 @@ FLOORS = [
     {"reference", "_ops"},
     {"registry", "triton_kernels", "samples"},
     {"dispatch"},
-    {"ops", "verify", "info"},
+    {"ops", "verify", "info", "cuda_report"},
     {"layers", "compat", "bench"},
     {"models"},
     {"semantic_ids"},

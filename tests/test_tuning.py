@@ -300,3 +300,18 @@ def test_dispatch_follows_the_measured_order(card, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_say_slow", lambda *a: pytest.fail("a measured choice needs no warning"))
         assert dispatch.pick("fsq", device) is SPECS["fsq"].op.reference
+
+
+@pytest.mark.parametrize(
+    ("generation", "first"), [(None, "cuda"), (8, "cuda"), (9, "triton"), (10, "triton"), (12, "cuda")]
+)
+def test_the_order_where_nothing_was_measured(card, monkeypatch, generation, first):
+    monkeypatch.setattr(dispatch, "_generation", lambda: generation)
+    other = "triton" if first == "cuda" else "cuda"
+    assert dispatch.gpu_order("nearest_codeword") == ((first, other, "reference"), False)
+    assert dispatch.gpu_order("fsq") == (("cuda", "triton", "reference"), False)
+    assert list(dispatch.backends()["nearest_codeword"]) == ["reference", "cpu", first, other]
+    saved(preference={"nearest_codeword": [other, first, "reference"], "fsq": ["reference", "triton"]})
+    assert dispatch.gpu_order("nearest_codeword") == ((other, first, "reference"), True)
+    assert list(dispatch.backends()["nearest_codeword"]) == ["reference", "cpu", other, first]
+    assert list(dispatch.backends()["fsq"]) == ["reference", "cpu", "triton", "cuda"]

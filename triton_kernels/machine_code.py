@@ -9,7 +9,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -37,6 +37,7 @@ class MachineCode:
     fp64: int
     arithmetic: str
     instructions: int
+    loops: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def machine_code(compiled) -> MachineCode:
@@ -50,24 +51,38 @@ def machine_code(compiled) -> MachineCode:
 
 @functools.lru_cache(maxsize=4096)
 def _nvidia(cubin: bytes, arch: int, arithmetic: str) -> MachineCode:
+    (code,) = nvidia(cubin, arch, arithmetic).values()
+    return code
+
+
+def nvidia(cubin: bytes, arch: int, arithmetic: str = "half") -> dict[str, MachineCode]:
+    """{mangled name: what it is made of} of every function in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
-    registers, stack, shared = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage).groups())
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        listing = tool("nvdisasm", "-c", file.name)
+    # after the preamble, a name and its listing take turns
+    _, *parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+).*$", listing, flags=re.MULTILINE)
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    found = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    return {name: _nvidia_kernel(texts[name], *map(int, numbers), arch, arithmetic) for name, *numbers in found}
+
+
+def _nvidia_kernel(listing: str, registers: int, stack: int, shared: int, arch: int, arithmetic: str) -> MachineCode:
     # from sm_90 on the compiler itself lists the 1 KB that the driver keeps of a block's shared memory
     if arch >= 90:
         shared = max(0, shared - 1024)
     code = re.findall(
         r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*);", listing, re.MULTILINE
     )
+    loops = _within_loops(code, r"BRA|BRX|JMP")
     return MachineCode(
         registers=registers,
         stack=stack,
         spills=_count(code, r"LDL|STL"),
         static_shared=shared,
-        tensor=_tensor(_within_loops(code, r"BRA|BRX|JMP"), r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA|QMMA"),
+        tensor=_tensor(loops, r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA|QMMA"),
         tensor_anywhere=_tensor([op for _, op, _ in code], r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA|QMMA"),
         load=_widest(code, r"LDGSTS|LDG", r"\.(32|64|128|256)\b", bulk=r"UTMALDG|UBLKCP"),
         store=_widest(code, r"STG", r"\.(32|64|128|256)\b", bulk=r"UTMASTG"),
@@ -75,6 +90,7 @@ def _nvidia(cubin: bytes, arch: int, arithmetic: str) -> MachineCode:
         fp64=_count(code, r"DFMA|DADD|DMUL|DSETP"),
         arithmetic=arithmetic,
         instructions=sum(bool(op) for _, op, _ in code),
+        loops=frozenset(loops),
     )
 
 
@@ -101,8 +117,9 @@ def _amd(assembly: str) -> MachineCode:
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
-    out = subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True)
+def tool(name: str, *arguments: str, folder: str | None = None) -> str:
+    """What cuobjdump or nvdisasm prints; run in ``folder``."""
+    out = subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, cwd=folder)
     if out.returncode:
         raise RuntimeError(f"{name} {' '.join(arguments)} failed: {out.stderr.strip()}")
     return out.stdout

@@ -56,7 +56,8 @@ def default() -> dict:
 def preference(op: str) -> tuple[str, ...]:
     """The backends of ``op`` from fastest to slowest as `vqkernels tune` measured them on this process's card; () where
     it did not run. Needs no triton."""
-    return tuple(load().get(card(), {}).get("preference", {}).get(op, ()))
+    name = card()
+    return tuple(load().get(name, {}).get("preference", {}).get(op, ())) if name else ()
 
 
 def user_file() -> Path:

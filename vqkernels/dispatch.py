@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -14,8 +15,12 @@ from .reference import onnx
 from .registry import AVAILABLE, BACKENDS, SPECS
 from .triton_kernels import tuning
 
-# where `vqkernels tune` has not measured: only CPU speeds have been so far
+# What serves tensors on a device, the first that can. On a GPU the order that `vqkernels tune` measured there counts
+# instead; this one has not been timed. CUDA C++ goes first: it compiles nothing at the first call.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Compute capabilities with matrix instructions of their own (wgmma, tcgen05), which Triton's searches use; those in
+# CUDA C++ keep to mma.sync, which these chips run below their full rate.
+_TRITON_FIRST = {9: ("nearest_codeword", "residual_quantize"), 10: ("nearest_codeword", "residual_quantize")}
 _OVERLOAD = {"reference": "reference", "triton": "triton", "cpu": "default", "cuda": "default"}
 # the reference runs anywhere; Triton's interpreter also on CPU tensors
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}
@@ -26,8 +31,28 @@ _warned: set[tuple[str, str]] = set()
 
 
 def backends() -> dict[str, dict[str, bool | str]]:
-    """``{op: {backend: True, or the reason it cannot run}}`` for every operator and backend."""
-    return {op: dict(row) for op, row in AVAILABLE.items()}
+    """``{op: {backend: True, or the reason it cannot run}}`` for every operator and backend: the reference, the CPU's,
+    then the GPU's in the order in which tensors on this process's GPU look for one."""
+    kernels = {op: [name for name in gpu_order(op)[0] if name != "reference"] for op in AVAILABLE}
+    return {
+        op: {name: row[name] for name in dict.fromkeys(("reference", "cpu", *kernels[op], *BACKENDS))}
+        for op, row in AVAILABLE.items()
+    }
+
+
+@torch.compiler.assume_constant_result  # read from a file once; a traced graph takes the answer as it is
+def gpu_order(op: str) -> tuple[tuple[str, ...], bool]:
+    """The backends that tensors on this process's GPU look for, first choice first; whether that was measured there."""
+    if measured := tuning.preference(op):
+        return measured, True
+    first = ("triton",) if op in _TRITON_FIRST.get(_generation(), ()) else ()
+    return tuple(dict.fromkeys((*first, *_PREFERENCE["cuda"]))), False
+
+
+@functools.cache
+def _generation() -> int | None:
+    """The first number of the compute capability; None without an NVIDIA GPU."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() and torch.version.cuda else None
 
 
 def _checked(name: str, origin: str) -> str:
@@ -70,24 +95,18 @@ def pick(name: str, device: torch.device) -> Callable:
                 " move it with .to(), or choose another backend"
             )
         return getattr(SPECS[name].op, _OVERLOAD[_forced])
-    measured = _measured(name) if kind == "cuda" else ()
-    preference = measured or _PREFERENCE.get(kind, ("reference",))
-    for backend in preference:
+    order, measured = gpu_order(name) if kind == "cuda" else (_PREFERENCE.get(kind, ("reference",)), False)
+    for backend in order:
         if row[backend] is True:
             if backend == "reference" and not measured and not torch.compiler.is_compiling():
-                _say_slow(name, kind, preference)
+                _say_slow(name, kind, order)
             return getattr(SPECS[name].op, _OVERLOAD[backend])
     raise RuntimeError(f"{name}: no backend serves {kind} tensors: {row}")
 
 
-@torch.compiler.assume_constant_result  # read from a file once; a traced graph takes the answer as it is
-def _measured(name: str) -> tuple[str, ...]:
-    return tuning.preference(name)
-
-
-def _say_slow(name: str, kind: str, preference: tuple[str, ...]) -> None:
+def _say_slow(name: str, kind: str, order: tuple[str, ...]) -> None:
     """One warning per operator and device that the plain PyTorch reference serves it although kernels could exist."""
-    kernels = [b for b in preference if b != "reference"]
+    kernels = [b for b in order if b != "reference"]
     if (name, kind) in _warned or (kernels and not set(kernels) & set(SPECS[name].compiled)):
         return
     _warned.add((name, kind))

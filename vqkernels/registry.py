@@ -115,7 +115,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.nearest_codeword_edges,
             flops=_nearest_flops,
             bytes=lambda z, codebook, *_: _size(z, codebook) + 12 * z.shape[0] * z.shape[1],
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="residual_quantize",
@@ -130,7 +130,7 @@ SPECS: dict[str, OpSpec] = {
             bytes=lambda z, codebooks, *_: (
                 2 * _size(z) + _size(*codebooks) + 8 * len(codebooks) * z.shape[0] * z.shape[1]
             ),
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="residual_quantize_backward",
@@ -143,7 +143,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.residual_quantize_backward_edges,
             flops=lambda z, codebooks, *_: 18 * len(codebooks) * z.numel(),
             bytes=lambda z, codebooks, indices, *_: 3 * _size(z) + _size(indices, *codebooks),
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
             tolerance=16.0,
         ),
         OpSpec(
@@ -182,7 +182,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.codeword_sums_edges,
             flops=lambda z, *_: z.numel(),
             bytes=lambda z, indices, K: _size(z, indices) + z.shape[0] * K * (8 + 4 * z.shape[2]),
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="kmeans_plus_plus",
@@ -207,7 +207,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_edges,
             flops=lambda z, levels: 2 * z.shape[0] * sum(levels),
             bytes=lambda z, *_: 2 * _size(z) + 4 * z.shape[0],
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
         ),
         OpSpec(
             name="fsq_backward",
@@ -219,7 +219,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.fsq_backward_edges,
             flops=lambda z, *_: 8 * z.numel(),
             bytes=lambda z, *_: 3 * _size(z),
-            compiled=("cpu", "triton"),
+            compiled=("cpu", "cuda", "triton"),
             tolerance=16.0,
         ),
         OpSpec(
@@ -233,7 +233,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.trie_topk_edges,
             flops=lambda logits, *_: 4 * logits.numel(),
             bytes=lambda logits, *_: _size(logits),
-            compiled=("triton",),
+            compiled=("cuda", "triton"),
             tolerance=16.0,  # score and log-probability may cancel
         ),
     )

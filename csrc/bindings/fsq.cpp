@@ -14,7 +14,8 @@ void check_levels(const char* op, const std::vector<int64_t>& levels, int64_t d)
   if (codes >= 0x1p31) fail(op, "levels multiply to ", codes, " codes, more than an int32 index holds (2147483647)");
 }
 
-std::tuple<Tensor, Tensor> fsq_cpu(const Tensor& z, std::vector<int64_t> levels) {
+template <class Launch>
+std::tuple<Tensor, Tensor> fsq(const Tensor& z, const std::vector<int64_t>& levels, Launch launch) {
   const char* op = "fsq";
   check_dim(op, "z", z, 2, "[N, d]");
   const int64_t N = z.size(0), d = z.size(1);
@@ -23,18 +24,18 @@ std::tuple<Tensor, Tensor> fsq_cpu(const Tensor& z, std::vector<int64_t> levels)
   Tensor zc = torch::stable::contiguous(z);
   Tensor quantized = empty(z, {N, d}, z.scalar_type());
   Tensor indices = empty(z, {N}, ScalarType::Int);
-  cpu::fsq({.z = zc.const_data_ptr(),
-            .levels = levels.data(),
-            .quantized = quantized.mutable_data_ptr(),
-            .indices = static_cast<int32_t*>(indices.mutable_data_ptr()),
-            .N = N,
-            .d = d,
-            .dtype = type},
-           torch_threads(op));
+  launch(op, FsqParams{.z = zc.const_data_ptr(),
+                       .levels = levels.data(),
+                       .quantized = quantized.mutable_data_ptr(),
+                       .indices = static_cast<int32_t*>(indices.mutable_data_ptr()),
+                       .N = N,
+                       .d = d,
+                       .dtype = type});
   return {quantized, indices};
 }
 
-Tensor fsq_backward_cpu(const Tensor& z, const Tensor& grad, std::vector<int64_t> levels) {
+template <class Launch>
+Tensor fsq_backward(const Tensor& z, const Tensor& grad, const std::vector<int64_t>& levels, Launch launch) {
   const char* op = "fsq_backward";
   check_dim(op, "z", z, 2, "[N, d]");
   const int64_t N = z.size(0), d = z.size(1);
@@ -43,16 +44,39 @@ Tensor fsq_backward_cpu(const Tensor& z, const Tensor& grad, std::vector<int64_t
   Tensor zc = torch::stable::contiguous(z);
   Tensor gc = input(op, "grad", grad, {N, d}, z.scalar_type(), z);
   Tensor dz = empty(z, {N, d}, z.scalar_type());
-  cpu::fsq_backward({.z = zc.const_data_ptr(),
-                     .grad = gc.const_data_ptr(),
-                     .levels = levels.data(),
-                     .dz = dz.mutable_data_ptr(),
-                     .N = N,
-                     .d = d,
-                     .dtype = type},
-                    torch_threads(op));
+  launch(op, FsqBackwardParams{.z = zc.const_data_ptr(),
+                               .grad = gc.const_data_ptr(),
+                               .levels = levels.data(),
+                               .dz = dz.mutable_data_ptr(),
+                               .N = N,
+                               .d = d,
+                               .dtype = type});
   return dz;
 }
+
+std::tuple<Tensor, Tensor> fsq_cpu(const Tensor& z, std::vector<int64_t> levels) {
+  return fsq(z, levels, [](const char* op, const FsqParams& p) { cpu::fsq(p, torch_threads(op)); });
+}
+
+Tensor fsq_backward_cpu(const Tensor& z, const Tensor& grad, std::vector<int64_t> levels) {
+  return fsq_backward(z, grad, levels, [](const char* op, const FsqBackwardParams& p) {
+    cpu::fsq_backward(p, torch_threads(op));
+  });
+}
+
+#ifdef VQK_WITH_CUDA
+std::tuple<Tensor, Tensor> fsq_cuda(const Tensor& z, std::vector<int64_t> levels) {
+  torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  return fsq(z, levels, [&](const char* op, const FsqParams& p) { check_cuda(op, cuda::fsq(p, cuda_stream(op, z))); });
+}
+
+Tensor fsq_backward_cuda(const Tensor& z, const Tensor& grad, std::vector<int64_t> levels) {
+  torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  return fsq_backward(z, grad, levels, [&](const char* op, const FsqBackwardParams& p) {
+    check_cuda(op, cuda::fsq_backward(p, cuda_stream(op, z)));
+  });
+}
+#endif
 
 }  // namespace
 }  // namespace vqk::bind
@@ -61,3 +85,10 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("fsq", TORCH_BOX(&vqk::bind::fsq_cpu));
   m.impl("fsq_backward", TORCH_BOX(&vqk::bind::fsq_backward_cpu));
 }
+
+#ifdef VQK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
+  m.impl("fsq", TORCH_BOX(&vqk::bind::fsq_cuda));
+  m.impl("fsq_backward", TORCH_BOX(&vqk::bind::fsq_backward_cuda));
+}
+#endif

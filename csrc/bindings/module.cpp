@@ -23,10 +23,14 @@ static double fma_peak() { return cpu::fma_peak_gflops(torch_threads("fma_peak_g
 
 #ifdef VQK_WITH_CUDA
 // The stable way to a cudaStream_t needs torch 2.13; this function exists since 2.10, but only in a
-// torch built with CUDA, so it is looked up when a CUDA tensor arrives instead of being linked.
+// torch built with CUDA, so it is looked up when a CUDA tensor arrives instead of being linked. Python
+// loads torch's libraries without RTLD_GLOBAL: the library has to be asked by name, it is loaded already.
 void* cuda_stream(const char* op, const Tensor& t) {
   using Get = int32_t (*)(int32_t, void**);
-  static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Get>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
   if (!get)
     fail(op, "this torch has no CUDA (aoti_torch_get_current_cuda_stream is missing); install a CUDA build of torch");
   void* stream = nullptr;

@@ -1,10 +1,8 @@
 // What every CUDA kernel shares: 16-bit floats, warp sums, launch checks.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "ptx.cuh"
 
 namespace vqk::cuda {
 
@@ -31,6 +29,12 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// Blocks of a kernel that loops over its tasks: one a task, but no more than that many a multiprocessor.
+inline unsigned grid_size(int64_t tasks, int64_t per_multiprocessor) {
+  const int64_t limit = per_multiprocessor * multiprocessors();
+  return static_cast<unsigned>(tasks < 1 ? 1 : tasks < limit ? tasks : limit);
 }
 
 // Null, or why the last launch was refused.

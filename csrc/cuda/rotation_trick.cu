@@ -1,17 +1,22 @@
 // rotation_trick_backward: dz from z, q, grad; the formulas are those of csrc/cpu/estimator_kernel.h.
 //
 //   in   z, q, grad [N,D]; out dz [N,D]; float, double, bf16 or f16
+//   dz = gamma (g - 2 r (r.g) + 2 zhat (qhat.g)), r = (zhat + qhat) / |zhat + qhat|, gamma = |q| / |z|
 //
-//   warp = one row;  lane: 16-byte pieces lane, lane + 32, ...
+//   warp = one row   | lane 0 | lane 1 | ... | lane 31 | lane 0 | ...     16 bytes a lane, of z, q and g
 //     z, q, g --five dots, warp sum--> a, b, c --> dz = a g + b z + c q
 //   kPieces > 0: the row stays in registers (D up to 32 kPieces pieces); 0: read again, from the caches.
 //
+// Kinds: rotation and reflection differ in a, b, c alone; "ste" is a copy of grad. Degenerate rows (z or q zero or not
+// finite, lengths more than 1e6 apart, no plane of rotation) get g bit for bit: docs/numerics.md.
 // Work and bytes: 16 flops an element against 4 element sizes of traffic: memory bound; data-centre GPUs have the
 // double throughput to hide the dots, others (1/64 rate) may not.
 // Numerics: dots and the final sum in double: they cancel where z is close to -q.
 // Determinism: fixed order of additions; rows are independent.
-// Compiled, not run: timings and tuning are open.
-#include "common.cuh"
+// Shared memory: none. Registers: 128 at most: 2 blocks of 8 warps a multiprocessor.
+// Limits: none in N and D; rows that are not whole pieces, or not aligned, are read element by element.
+// Run on emulators only: timings and tuning are open.
+#include "estimator.cuh"
 #include "vqk/launch.h"
 
 namespace vqk::cuda {
@@ -23,22 +28,6 @@ template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Piece {
   T x[kWidth];
 };
-
-struct Weights {
-  double a, b, c;
-};
-
-__device__ inline Weights weights(double zz, double qq, double zq, double zg, double qg, Estimator estimator) {
-  const Weights straight = {1, 0, 0};
-  const double nz = sqrt(zz), nq = sqrt(qq), gamma = nq / nz;
-  if (!(nz > 0 && nq > 0 && gamma >= 1e-6 && gamma <= 1e6)) return straight;  // also NaN and infinity
-  const double sign = estimator == Estimator::rotation ? 1 : -1;
-  const double length2 = 2 + sign * 2 * (zq / (nz * nq));
-  if (!(length2 >= 1e-6)) return straight;
-  const double zgn = zg / nz, qgn = qg / nq, along = 2 * (zgn + sign * qgn) / length2;
-  const double b = estimator == Estimator::rotation ? 2 * qgn - along : -along;
-  return {gamma, gamma * b / nz, -sign * gamma * along / nq};
-}
 
 // kWidth elements a load; kPieces of them a lane kept in registers, or 0.
 template <class T, int kWidth, int kPieces>
@@ -54,17 +43,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const P* gr = reinterpret_cast<const P*>(grad) + row * pieces;
     P* out = reinterpret_cast<P*>(dz) + row * pieces;
     P zv[kPieces ? kPieces : 1], qv[kPieces ? kPieces : 1], gv[kPieces ? kPieces : 1];
-    double zz = 0, qq = 0, zq = 0, zg = 0, qg = 0;
+    Dots dots{};
     auto add = [&](const P& a, const P& b, const P& c) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const double x = to_double(a.x[i]), y = to_double(b.x[i]), g = to_double(c.x[i]);
-        zz += x * x;
-        qq += y * y;
-        zq += x * y;
-        zg += x * g;
-        qg += y * g;
-      }
+      for (int i = 0; i < kWidth; ++i) dots.add(to_double(a.x[i]), to_double(b.x[i]), to_double(c.x[i]));
     };
     if constexpr (kPieces > 0) {
 #pragma unroll
@@ -78,14 +60,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     } else {
       for (int64_t at = lane; at < pieces; at += 32) add(zr[at], qr[at], gr[at]);
     }
-    const Weights w = weights(warp_sum(zz), warp_sum(qq), warp_sum(zq), warp_sum(zg), warp_sum(qg), estimator);
-    const bool straight = w.a == 1 && w.b == 0 && w.c == 0;  // g bit for bit, even beside a NaN
+    dots = {warp_sum(dots.zz), warp_sum(dots.qq), warp_sum(dots.zq), warp_sum(dots.zg), warp_sum(dots.qg)};
+    const Weights w = weights(dots, estimator);
     auto combine = [&](const P& a, const P& b, const P& c) {
       P result = c;
-      if (straight) return result;
+      if (w.straight()) return result;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        round_to(w.a * to_double(c.x[i]) + w.b * to_double(a.x[i]) + w.c * to_double(b.x[i]), &result.x[i]);
+        round_to(w.apply(to_double(a.x[i]), to_double(b.x[i]), to_double(c.x[i])), &result.x[i]);
       return result;
     };
     if constexpr (kPieces > 0) {
@@ -101,9 +83,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, int kWidth, int kPieces>
 void launch(const RotationTrickBackwardParams& p, int64_t pieces, cudaStream_t stream) {
   const int64_t blocks = (p.N + kThreads / 32 - 1) / (kThreads / 32), limit = 16ll * multiprocessors();
-  backward_kernel<T, kWidth, kPieces><<<static_cast<unsigned>(blocks < limit ? blocks : limit), kThreads, 0, stream>>>(
-      static_cast<const T*>(p.z), static_cast<const T*>(p.q), static_cast<const T*>(p.grad), static_cast<T*>(p.dz), p.N,
-      pieces, p.estimator);
+  VQK_LAUNCH((backward_kernel<T, kWidth, kPieces>), static_cast<unsigned>(blocks < limit ? blocks : limit), kThreads, 0,
+             stream, static_cast<const T*>(p.z), static_cast<const T*>(p.q), static_cast<const T*>(p.grad),
+             static_cast<T*>(p.dz), p.N, pieces, p.estimator);
 }
 
 template <class T>

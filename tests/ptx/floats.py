@@ -96,8 +96,11 @@ def _arithmetic(c, i):
     word, type_ = parts[0], parts[-1]
     if not is_float(type_):
         return integer_arithmetic(c, i)
-    if any(p in ("rz", "rm", "rp", "sat", "relu", "oob", "xorsign") for p in parts):
-        raise PtxError("rounding mode or modifier")
+    mode = next((p for p in parts if p in ("rz", "rm", "rp")), "rn")
+    if mode != "rn" and not (word == "fma" and type_ == "f32" and "ftz" not in parts):
+        raise PtxError("rounding mode")
+    if any(p in ("sat", "relu", "oob", "xorsign") for p in parts):
+        raise PtxError("modifier")
     if word == "rem":
         raise PtxError("rem of floats")
     function, count = _function(word, parts, type_), len(i.operands) - 1
@@ -111,7 +114,7 @@ def _arithmetic(c, i):
         return elementwise(c, i, function, [type_] * count, type_)
     sources = [reader(c, o, type_) for o in i.operands[1:]]
     write = c.target(i.operands[0], type_)
-    return lambda t, mask: write(t, narrow(function(*[s(t) for s in sources]), type_), mask)
+    return lambda t, mask: write(t, narrow(function(*[s(t) for s in sources]), type_, mode), mask)
 
 
 @operation("testp")

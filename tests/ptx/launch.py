@@ -95,11 +95,21 @@ def run_ptx(
 
     seed: order of blocks and atomics; odd: background work finishes at once and tensor cores round badly. racecheck:
     finds unordered accesses; warps advance one at a time in random order."""
-    program = _program(ptx, name)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-    allocations = _allocations(tensors)
+    return run_entry(
+        ptx, name, grid, block, list(arguments.values()), _allocations(tensors),
+        shared=shared, racecheck=racecheck, seed=seed,
+    )  # fmt: skip
+
+
+def run_entry(
+    ptx: str, name: str | None, grid, block, values: list, allocations, *, shared: int = 0, racecheck=False, seed=0
+) -> Launch:
+    """run_ptx for memory that belongs to no tensor: ``allocations`` are (name, address, its bytes as uint8 array), which
+    must not overlap; ``values`` may be bytes, as they stand in the parameter."""
+    program = _program(ptx, name)
+    allocations = list(allocations)
     allocations += [(k, b.ctypes.data, b) for k, b in program.constant_buffers.items() if b.size]
-    values = list(arguments.values())
     if len(values) > len(program.kernel.params):
         raise PtxError(f"{program.kernel.name} takes {len(program.kernel.params)} parameters, given: {len(values)}")
     params = np.zeros(program.param_size + 8, np.uint8)

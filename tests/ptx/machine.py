@@ -52,7 +52,8 @@ class Program:
         offset = 0
         self.param_offsets: dict[str, int] = {}
         for name, type_, size in kernel.params:
-            offset = (offset + kind(type_)[0] - 1) // kind(type_)[0] * kind(type_)[0]
+            align = kind(type_)[0] if kind(type_)[0] == size else 16  # a struct has the alignment of its members
+            offset = (offset + align - 1) // align * align
             self.param_offsets[name] = offset
             offset += size
         self.param_size = offset
@@ -118,9 +119,9 @@ class Program:
         return lambda t: t.constant(value, dtype)
 
     def _number(self, operand: str) -> int:
-        for table, base in ((self.kernel.shared, 0), (self.kernel.local, 0), (self.constant_addresses, 0)):
+        for table in (self.kernel.shared, self.kernel.local, self.constant_addresses, self.param_offsets):
             if operand in table:
-                return table[operand] + base
+                return table[operand]
         if operand[:2] in ("0f", "0F", "0d", "0D"):
             return int(operand[2:], 16)
         if operand == "WARP_SZ":
@@ -164,6 +165,8 @@ class Program:
             value = t.registers.get(base)
             if value is None:
                 value = t.undefined(base)
+            if value.dtype.itemsize == 4:  # of shared memory; the sum wraps around
+                return (value.view(np.uint32) + np.uint32(shift & 0xFFFFFFFF)).astype(np.int64)
             if value.dtype is not _INT64:
                 value = value.view(RAW[value.dtype.itemsize]).astype(np.int64)
             return value + shift if shift else value
@@ -194,6 +197,7 @@ class Threads:
         self.exited = np.zeros(n, bool)
         self.waiting = np.zeros(n, np.int8)
         self.waits_at = np.zeros(n, np.int64)
+        self.reductions: dict = {}  # of barriers, by where they stand
         self.epoch = np.zeros(len(blocks), np.int64)  # barriers passed by each block
         self.copies, self.committed = [], np.zeros(n, np.int64)  # cp.async
         self.products, self.products_committed = [], np.zeros(n, np.int64)  # wgmma
@@ -287,9 +291,11 @@ class Threads:
             raise PtxError(f"{self.launch.program.kernel.name}: {i.text} (PTX line {i.line}): {error}") from None
         self.launch.executed += p - start + 1
 
-    def wait_at_barrier(self, mask: np.ndarray) -> None:
+    def wait_at_barrier(self, mask: np.ndarray, reduction=None) -> None:
+        """``reduction``: (function of the block's predicates, how they are read, how the result is written)."""
         self.waiting[mask] = _AT_BARRIER
         self.waits_at[mask] = self.here
+        self.reductions[self.here] = reduction
 
     def gather_warpgroup(self, mask: np.ndarray) -> np.ndarray | None:
         """Waits for all 128 threads of a warpgroup; returns the mask of groups that are complete, if any."""
@@ -314,6 +320,11 @@ class Threads:
                 self._fault_at(threads, f"barrier divergence: {int(exited[block].sum())} threads have already ended")
             if np.ptp(self.waits_at[threads]):
                 self._fault_at(threads, "barrier divergence: threads of one block wait at different barriers")
+            if reduction := self.reductions[self.waits_at[threads.start]]:
+                how, read, write = reduction
+                result = how(read(self)[threads])
+                kind_ = bool if isinstance(result, np.bool_) else np.uint32
+                write(self, np.full(self.n, result, kind_), self.block == block)
             self.waiting[threads] = _NOT_WAITING
             self.epoch[block] += 1
         return bool(done.any())
@@ -370,8 +381,12 @@ def _trap(c, i):
 def _barrier(c, i):
     if "warp" in i.parts:
         return lambda t, mask: t.whole_warps(mask)
+    if i.parts[1] == "red" and i.operands[1] == "0" and len(i.operands) == 3:
+        how = {"or": np.any, "and": np.all, "popc": np.count_nonzero}[i.parts[2]]
+        reduction = how, c.source(i.operands[2], "pred"), c.target(i.operands[0], i.parts[-1])
+        return lambda t, mask: t.wait_at_barrier(mask, reduction)
     if i.parts[1] not in ("sync", "cta") or i.operands[0] != "0" or len(i.operands) > 1:
-        raise PtxError("only bar.sync 0 of the whole block")
+        raise PtxError("only bar.sync 0 and bar.red 0 of the whole block")
     return lambda t, mask: t.wait_at_barrier(mask)
 
 

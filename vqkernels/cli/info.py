@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import info as facts
-from ..dispatch import backends
+from ..dispatch import backends, gpu_order
 from ..registry import BACKENDS
 
 
@@ -28,11 +28,14 @@ def info() -> None:
     reasons: dict[str, int] = {}
     for backend in BACKENDS:
         table.add_column(backend, justify="center")
+    table.add_column("GPU: first, then")
     for op, row in backends().items():
         cells = [
             "✓" if row[b] is True else str(reasons.setdefault(_general(op, row[b]), len(reasons) + 1)) for b in BACKENDS
         ]
-        table.add_row(op, *cells)
+        order, measured = gpu_order(op)
+        choices = ", ".join(order).removesuffix(", reference")
+        table.add_row(op, *cells, choices + (" (measured)" if measured else ""))
     console.print(table)
     for reason, number in reasons.items():
         console.print(f"{number}: {reason}", highlight=False)

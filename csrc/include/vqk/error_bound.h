@@ -61,4 +61,20 @@ VQK_HOST_DEVICE static constexpr inline double byte_error_bound(int64_t D, doubl
   return lost * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, 0.0);
 }
 
+// The same for scores made on copies of row and codebook, each scaled by a power of two and rounded to what the
+// arithmetic multiplies exactly: score = |c|^2 / 2 - ratio (z.c). z_error, c_error: the lengths that rounding took away
+// at most. tensor_cores: an instruction adds up to 32 products cut at 2^-23 of the largest; else fp32, term by term.
+VQK_HOST_DEVICE static constexpr inline double copied_error_bound(int64_t D, double z_norm, double z_error,
+                                                                  double c_norm, double c_error, double ratio, bool l2,
+                                                                  bool tensor_cores) {
+  const double n32 = static_cast<double>(tensor_cores ? 4 * D + 88 : D + 8) * 0x1p-24;
+  const double n64 = static_cast<double>(D + 6) * 0x1p-53, sum = ratio * z_norm + c_norm;
+  const double lost = ratio * (z_error * c_norm + (z_norm + z_error) * c_error);
+  const double rounded = n32 * (1 + 2 * n32) * ratio * (z_norm + z_error) * (c_norm + c_error);
+  const double half = l2 ? 8 * 0x1p-24 * 0.5 * c_norm * c_norm : 0;
+  const double canonical = n64 * (1 + 2 * n64) * (l2 ? 0.5 * sum * sum : ratio * z_norm * c_norm);
+  const double subnormal = static_cast<double>(D + 2) * (1 + ratio) * 0x1p-126;
+  return n32 < 0.25 ? (lost + rounded + half + canonical + subnormal) * (1 + 0x1p-10) : __builtin_huge_val();
+}
+
 }  // namespace vqk

@@ -39,8 +39,22 @@ double fma_peak_gflops(const Parallel&);
 
 namespace cuda {
 // `stream` is a cudaStream_t. Each returns null, or a message that says what the CUDA runtime refused.
+// `workspace`: scratch memory of the device, as many bytes as <op>_workspace says, at a multiple of 16.
 const char* codebook_usage(const CodebookUsageParams&, void* stream);
+const char* codeword_sums(const CodewordSumsParams&, void* workspace, void* stream);
+int64_t codeword_sums_workspace(const CodewordSumsParams&);
+const char* fsq(const FsqParams&, void* stream);
+const char* fsq_backward(const FsqBackwardParams&, void* stream);
+const char* residual_quantize_backward(const ResidualQuantizeBackwardParams&, void* stream);
 const char* rotation_trick_backward(const RotationTrickBackwardParams&, void* stream);
+const char* trie_topk(const TrieTopkParams&, void* workspace, void* stream);
+int64_t trie_topk_workspace(const TrieTopkParams&);
+
+// These need `workspace`: so many bytes of device memory, aligned to 256, free again when the stream has come past.
+int64_t nearest_codeword_workspace(const NearestCodewordParams&);
+const char* nearest_codeword(const NearestCodewordParams&, void* workspace, void* stream);
+int64_t residual_quantize_workspace(const ResidualQuantizeParams&);
+const char* residual_quantize(const ResidualQuantizeParams&, void* workspace, void* stream);
 }  // namespace cuda
 
 }  // namespace vqk

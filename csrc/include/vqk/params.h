@@ -130,4 +130,23 @@ struct FsqBackwardParams {
   DType dtype;
 };
 
+// One step of beam search over a trie: of all children of the W beams' nodes of a user, the k with the highest
+// scores[b,w] + log_softmax(logits[b,w])[token]; NaN counts as highest, of equals the lowest (beam, edge) comes first.
+// A state outside 0 .. S - 1 is a dead beam, a token outside 0 .. V - 1 no child; where fewer than k are left: score
+// -inf, -1 elsewhere. B users, W beams, V tokens, S nodes.
+struct TrieTopkParams {
+  const void* logits;            // [B,W,V] dtype
+  const void* scores;            // [B,W] float (double for f64)
+  const int64_t* states;         // [B,W]
+  const int64_t* row_offsets;    // [S+1]: node s has the edges row_offsets[s] .. row_offsets[s+1]
+  const int64_t* edge_tokens;    // [E]
+  const int64_t* edge_children;  // [E]
+  void* out_scores;              // [B,k] float (double for f64), descending
+  int64_t* out_beams;            // [B,k]
+  int64_t* out_tokens;           // [B,k]
+  int64_t* out_states;           // [B,k]
+  int64_t B, W, V, S, k;
+  DType dtype;
+};
+
 }  // namespace vqk

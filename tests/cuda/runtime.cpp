@@ -1,0 +1,133 @@
+// The part of the CUDA runtime that a launcher may call, on an emulated device: what would have to wait for the device, or
+// could not be captured in a CUDA graph, is not here and does not link.
+#include <cstdio>
+#include <map>
+#include <set>
+#include <string>
+
+#include "emulator.h"
+
+namespace vqk::emulator {
+
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, int> shared_allowed;
+std::set<std::string> launched;
+
+std::set<std::string>& listed() {
+  static std::set<std::string> names;
+  return names;
+}
+
+cudaError_t remember(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t refusal(const Launch& l) {
+  const uint64_t threads = static_cast<uint64_t>(l.block.x) * l.block.y * l.block.z;
+  if (!threads || threads > 1024 || l.block.z > 64 || !l.grid.x || !l.grid.y || !l.grid.z)
+    return cudaErrorInvalidConfiguration;
+  if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) return cudaErrorInvalidConfiguration;
+  size_t limit = kStaticShared;
+  if (const auto found = shared_allowed.find(l.function); found != shared_allowed.end())
+    limit = std::max<size_t>(limit, found->second);
+  return l.shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+int shared_of_multiprocessor() { return (settings.major == 8 ? 164 : settings.major == 12 ? 100 : 228) << 10; }
+
+}  // namespace
+
+void (*launch_instead)(const Launch&);
+
+void list_kernel(const char* type_name) { listed().insert(type_name); }
+
+std::vector<std::string> kernels_never_launched() {
+  std::vector<std::string> names;
+  for (const std::string& name : listed())
+    if (!launched.count(name)) names.push_back(name);
+  return names;
+}
+
+void launch(const Launch& l) {
+  if (remember(refusal(l)) != cudaSuccess) return;
+  launched.insert(l.type_name);
+  if (launch_instead) launch_instead(l);
+  else run(l);
+}
+
+}  // namespace vqk::emulator
+
+using vqk::emulator::fail;
+using vqk::emulator::settings;
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int shared = vqk::emulator::shared_of_multiprocessor();
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = settings.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = settings.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = settings.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared - 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = vqk::emulator::kStaticShared; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = settings.major == 12 ? 1536 : 2048; break;
+    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
+    case cudaDevAttrWarpSize: *value = 32; break;
+    case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
+    default: fail("cudaDeviceGetAttribute(%d) is not emulated: add it to tests/cuda/runtime.cpp", attribute);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  using namespace vqk::emulator;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) fail("cudaFuncSetAttribute(%d) is not emulated", attribute);
+  if (value < 0 || value > shared_of_multiprocessor() - 1024) return remember(cudaErrorInvalidValue);
+  shared_allowed[function] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
+  const int by_threads = 2048 / std::max(threads, 32);
+  const int by_shared = vqk::emulator::shared_of_multiprocessor() / static_cast<int>(shared_bytes + 1024);
+  *blocks = std::min({by_threads, by_shared, 2});
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  if (bytes) std::memset(at, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (kind != cudaMemcpyDeviceToDevice) fail("cudaMemcpyAsync between host and device: a launcher must not wait for either");
+  if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaPeekAtLastError() { return vqk::emulator::last_error; }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = vqk::emulator::last_error;
+  vqk::emulator::last_error = cudaSuccess;
+  return error;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess                     ? "no error"
+         : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+         : error == cudaErrorInvalidValue         ? "invalid argument"
+                                                  : "another error";
+}
+
+}  // extern "C"

@@ -315,7 +315,10 @@ def main(words: list[str]) -> int:
     dtypes = [w for w in words if w in ("float32", "float64", "bfloat16", "float16", "int64")]
     kinds = [kind for kind in BUILDS if kind in words] or BUILDS
     words = [w for w in words if w not in dtypes and w not in kinds]
-    pairs = [(name, kind) for name in programs() for kind in kinds if all(word in name for word in words)]
+    pairs = [(name, kind) for name in programs() for kind in kinds if not words or any(word in name for word in words)]
+    if not pairs:
+        print(f"no program is called like {' '.join(words)}; there are: {', '.join(programs())}")
+        return 2
     if said := build(pairs):
         print(said)
     failed = bool(said)

@@ -128,7 +128,8 @@ def test_instructions_in_loops_are_told_from_others(rows, loop):
     assert (f"no {wanted} in any loop" in " ".join(found)) != loop
 
 
-def test_the_document(rows, tmp_path, capsys):
+def test_the_document(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cuda_report, "read", lambda path: rows)
     out = tmp_path / "docs" / "report.md"
     assert cuda_report.main(["--out", str(out)]) == 0, capsys.readouterr().err
     text = out.read_text()

@@ -96,9 +96,10 @@ def _read_cubin(path: Path, plans: tuple[Plan, ...]) -> list[Row]:
     target = re.search(r"sm_\d+", header)[0]
     if target not in CHIPS:
         return []
+    _, *parts = re.split(r"^\.nv\.info\.(\S+)$", header, flags=re.MULTILINE)
     bounds = {
         name: int(found[1], 16)
-        for name, section in re.findall(r"^\.nv\.info\.(\S+)$(.*?)(?=^\.\S+$|\Z)", header, re.MULTILINE | re.DOTALL)
+        for name, section in zip(parts[::2], parts[1::2], strict=True)
         if (found := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+(0x[0-9a-f]+)", section))
     }
     codes = nvidia(path.read_bytes(), int(target[3:]))

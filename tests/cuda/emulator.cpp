@@ -389,7 +389,8 @@ void meet_block(const Place* place, Act act, void* mine) {
 
 void meet_warp(unsigned mask, const Place* place, bool ordered, Act act, void* mine) {
   Lane& lane = me();
-  if (!(mask >> lane.lane & 1)) fail("%s:%d: %s: the mask 0x%x lacks the calling lane", place->file, place->line, place->what, mask);
+  if (!(mask >> lane.lane & 1))
+    fail("%s:%d: %s: the mask 0x%x lacks the calling lane", place->file, place->line, place->what, mask);
   lane.wait = Wait::warp;
   lane.place = place;
   lane.mask = mask;

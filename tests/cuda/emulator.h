@@ -340,7 +340,8 @@ struct Rows {
 };
 void ldmatrix_rows(int, void* const*);  // emulator.cpp, like the products below
 inline void ldmatrix_at(uint32_t (&r)[4], const void* row, const emulator::Place* place) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix: the address of a row is no multiple of 16: %p", row);
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    emulator::fail("ldmatrix: the address of a row is no multiple of 16: %p", row);
   Rows rows{row, {}};
   emulator::meet_warp(~0u, place, false, ldmatrix_rows, &rows);
   for (int m = 0; m < 4; ++m) r[m] = rows.rows[m][emulator::current->lane % 4];

@@ -86,9 +86,10 @@ float element(const uint32_t* registers, int at, bool half) {
   const uint16_t bits = static_cast<uint16_t>(registers[at / 2] >> (at % 2 * 16));
   if (!half) return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   const int exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
-  const float size = exponent == 31  ? std::bit_cast<float>(0x7f800000u | static_cast<uint32_t>(fraction) << 13)
+  const uint32_t shifted = static_cast<uint32_t>(fraction) << 13;
+  const float size = exponent == 31  ? std::bit_cast<float>(0x7f800000u | shifted)
                      : exponent == 0 ? static_cast<float>(fraction) * 0x1p-24f
-                                     : std::bit_cast<float>((exponent + 112u) << 23 | static_cast<uint32_t>(fraction) << 13);
+                                     : std::bit_cast<float>((exponent + 112u) << 23 | shifted);
   return bits & 0x8000 ? -size : size;
 }
 

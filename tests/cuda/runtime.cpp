@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that a launcher may call, on an emulated device: what would have to wait for the device, or
-// could not be captured in a CUDA graph, is not here and does not link.
+// The part of the CUDA runtime that a launcher may call, on an emulated device: what would have to wait for the device,
+// or could not be captured in a CUDA graph, is not here and does not link.
 #include <cstdio>
 #include <map>
 #include <set>
@@ -91,7 +91,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   using namespace vqk::emulator;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) fail("cudaFuncSetAttribute(%d) is not emulated", attribute);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
+    fail("cudaFuncSetAttribute(%d) is not emulated", attribute);
   if (value < 0 || value > shared_of_multiprocessor() - 1024) return remember(cudaErrorInvalidValue);
   shared_allowed[function] = value;
   return cudaSuccess;
@@ -110,7 +111,8 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  if (kind != cudaMemcpyDeviceToDevice) fail("cudaMemcpyAsync between host and device: a launcher must not wait for either");
+  if (kind != cudaMemcpyDeviceToDevice)
+    fail("cudaMemcpyAsync between host and device: a launcher must not wait for either");
   if (bytes) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }

@@ -34,7 +34,9 @@ def built():
 @pytest.fixture(scope="module")
 def results(request, built):
     """{(program, build): future}, of those that were asked for."""
-    asked = [item for item in request.session.items if item.name.startswith("test_kernels[")]
+    asked = [
+        item for item in request.session.items if item.path == request.path and item.name.startswith("test_kernels[")
+    ]
     wanted = {(item.callspec.params["program"], item.callspec.params["kind"]) for item in asked}
     return _threads(cuda_harness.check, sorted(wanted, key=PAIRS.index))
 

@@ -76,7 +76,7 @@ def find_nvcc(env):
     if mode == "1":
         raise SystemExit(
             f"vqkernels: VQK_CUDA=1 asks for the CUDA kernels, but nvcc was not found {where}.\n"
-            "Install the CUDA toolkit (12.0 or newer), or set CUDA_HOME to where it is, or drop VQK_CUDA=1."
+            "Install the CUDA toolkit (12.1 or newer), or set CUDA_HOME to where it is, or drop VQK_CUDA=1."
         )
     return None, f"nvcc was not found {where}"
 

@@ -96,7 +96,7 @@ def planted(tmp_path_factory):
     ("name", "plan", "words"),
     [
         ("spill", {}, ["accesses to local memory", "a stack frame of"]),
-        ("stack", {"load": 32}, ["accesses to local memory", "a stack frame of 64 bytes"]),
+        ("stack", {"load": 32}, ["accesses to local memory", "a stack frame of"]),
         ("registers", {}, ["registers, planned are at most 90"]),
         ("narrow", {}, ["global loads of 32 bits, planned are 128"]),
         ("bounds", {}, ["no launch bounds"]),

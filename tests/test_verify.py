@@ -18,16 +18,16 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 @no_gpu
 def test_it_says_what_was_not_run_and_why(tmp_path):
     file = tmp_path / "new folder" / "verify.json"
-    out = CliRunner().invoke(app, ["verify", "--op", "fsq", "--op", "codebook_usage", "--json", str(file)])
+    out = CliRunner().invoke(app, ["verify", "--op", "kmeans_plus_plus", "--op", "codebook_usage", "--json", str(file)])
     assert out.exit_code == 0, out.output
     text = " ".join(out.output.split())
-    assert "Not run: fsq cuda: there is no cuda kernel for it in this release" in text
+    assert "Not run: kmeans_plus_plus cuda: there is no cuda kernel for it in this release" in text
     assert "Speed not measured: no CUDA device for torch" in text and "cases passed" in text
     content = json.loads(file.read_text())
     assert {"op", "backend", "dtype", "case", "passed", "error", "detail"} == set(content["records"][0])
     left_out = {where for places in content["not_run"].values() for where in places}
     ran = {f"{r['op']} {r['backend']}" for r in content["records"]}
-    assert ran | left_out == {f"{o} {b}" for o in ("fsq", "codebook_usage") for b in AVAILABLE["fsq"]}
+    assert ran | left_out == {f"{o} {b}" for o in ("kmeans_plus_plus", "codebook_usage") for b in AVAILABLE["fsq"]}
     assert not ran & left_out
     assert content["speed"] == [] and "no CUDA device" in content["speed_not_run"]
 

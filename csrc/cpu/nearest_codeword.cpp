@@ -2,7 +2,8 @@
 //
 // z [H,N,D], codebook [H,K,D] in fp32, fp64, bf16 or fp16 -> indices [H,N] int64, distances [H,N].
 //
-//   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords
+//   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords;
+//                                                   behind bytes, wider panels only when rows turn out to need them
 //   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
 //
 // Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512; in 16-bit integers 1.5
@@ -36,14 +37,14 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
-int choose_byte_group(int64_t K, int64_t D) { return D < 64 && K >= 2048 ? 2 : 1; }
+int choose_byte_group(int64_t K, int64_t D) { return D <= 64 && K >= 2048 && K >= 64 * D ? 2 : 1; }
 
 // Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
-// they save, and the codebook must be worth packing twice.
+// they save, and the codebook must be worth a second packing.
 bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
 
 // The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, more of
-// them in many dimensions, and take a third packing. Measured: equal to 16-bit integers at the smallest of these.
+// them in many dimensions. Measured: equal to 16-bit integers at the smallest of these.
 bool use_bytes(int64_t K, int64_t D, int64_t rows, DType dtype) {
   if (dtype == DType::f64 || D > 1024) return false;
 #ifdef VQK_TEST_BYTES  // wherever they can be used
@@ -93,13 +94,15 @@ const SearchKernel& search_kernel() {
 
 PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<Source>& sources, int64_t D,
                                  DType dtype, Metric metric, bool certified, int64_t rows, const Parallel& parallel)
-    : codebooks_(sources.size()), fail_(new bool[2 * sources.size()]()) {
+    : kernel_(kernel),
+      codebooks_(sources.size()),
+      fail_(new bool[2 * sources.size()]()) {
   struct Task {
     size_t codebook;
     int64_t first, last;  // codewords
     double largest = 0;
     std::vector<double> sum{};  // of the codewords, where bytes are wanted
-    Lengths lengths{};
+    double length = 0;  // |scale * codeword|, then what its integers lack
     int64_t finite = 0;
   };
   std::vector<Task> tasks;
@@ -109,6 +112,7 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
   const bool converts = dtype == DType::bf16 || dtype == DType::f16, normalizes = metric == Metric::cosine;
   for (size_t i = 0; i < sources.size(); ++i) {
     Codebook& cb = codebooks_[i];
+    cb.owner = this;
     cb.K = sources[i].K;
     cb.D = D;
     cb.panels_count = ceil_div(cb.K, width);
@@ -116,16 +120,10 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     cb.is_double = dtype == DType::f64;
     cb.l2 = metric == Metric::l2;
     cb.certified = certified;
-    auto allocate = [&](size_t bytes) { return static_cast<void*>(memory_.emplace_back(bytes).get()); };
     cb.codewords = converts ? allocate(cb.K * D * size) : sources[i].data;
     cb.rows = normalizes ? allocate(cb.K * D * size) : cb.codewords;
-    cb.panels = static_cast<float*>(allocate(cb.panels_count * width * D * 4));
     cb.half_norms = static_cast<float*>(allocate(cb.panels_count * width * 4));
-    if (kernel.integers && use_integers(cb.K, D, rows)) {
-      cb.panels16 = static_cast<int16_t*>(allocate(cb.panels_count * width * (D + 1) / 2 * 4));
-      cb.code_scales = static_cast<float*>(allocate(cb.panels_count * width * 4));
-      cb.integers_fail = &fail_[2 * i];
-    }
+    if (kernel.integers && use_integers(cb.K, D, rows)) cb.integers_fail = &fail_[2 * i];
     wanted[i] = kernel.bytes.width && use_bytes(cb.K, D, rows, dtype);
     cb.bytes_fail = &fail_[2 * i + 1];
     for (int64_t first = 0; first < cb.K; first += kChunk) tasks.push_back({i, first, std::min(first + kChunk, cb.K)});
@@ -155,34 +153,58 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     for (size_t d = 0; d < task.sum.size(); ++d) means[task.codebook * D + d] += task.sum[d];
   }
   for (size_t i = 0; i < sources.size(); ++i) codebooks_[i].scale = codebook_scale(largest[i]);
-  parallel_for(parallel, tasks.size(), [&](int64_t t) {
-    Task& task = tasks[t];
-    const Codebook& cb = codebooks_[task.codebook];
-    task.lengths = kernel.pack(cb, task.first / width, ceil_div(task.last, width));
-  });
-  for (const Task& task : tasks) {
-    Codebook& cb = codebooks_[task.codebook];
-    cb.norm = std::max(cb.norm, task.lengths.row);
-    cb.integer_error = std::max(cb.integer_error, task.lengths.lost);
-  }
-  make_bytes(kernel, wanted, means, parallel);
+  auto measure = [&](auto* function, double Codebook::*most) {
+    parallel_for(parallel, tasks.size(), [&](int64_t t) {
+      const Codebook& cb = codebooks_[tasks[t].codebook];
+      tasks[t].length = function(cb, tasks[t].first / width, ceil_div(tasks[t].last, width));
+    });
+    for (const Task& task : tasks) {
+      double& length = codebooks_[task.codebook].*most;
+      length = std::max(length, task.length);
+    }
+  };
+  measure(kernel.half_norms, &Codebook::norm);
+  make_bytes(wanted, means, parallel);
+  std::erase_if(tasks, [&](const Task& task) { return codebooks_[task.codebook].panels8; });
+  for (Codebook& cb : codebooks_)
+    if (!cb.panels8) allocate_panels(cb);
+  measure(kernel.pack, &Codebook::integer_error);
 }
 
+void PackedCodebooks::allocate_panels(Codebook& cb) {
+  const int64_t codewords = cb.panels_count * 2 * kernel_.lanes;
+  if (cb.integers_fail) {
+    cb.code_scales = static_cast<float*>(allocate(codewords * 4));
+    cb.panels16 = static_cast<int16_t*>(allocate(codewords * (cb.D + 1) / 2 * 4));
+  }
+  cb.panels = static_cast<float*>(allocate(codewords * cb.D * 4));  // last: says that the others are there
+}
+
+void PackedCodebooks::make_panels(Codebook& cb) {
+  std::lock_guard lock(mutex_);
+  if (cb.panels) return;
+  allocate_panels(cb);
+  cb.integer_error = kernel_.pack(cb, 0, cb.panels_count);
+}
+
+void make_panels(const Codebook& cb) { cb.owner->make_panels(const_cast<Codebook&>(cb)); }
+
 // Centres the wanted codebooks of finite, ordinary floats, chooses their unit and packs them as bytes.
-void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<char>& wanted,
-                                 const std::vector<double>& means, const Parallel& parallel) {
+void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vector<double>& means,
+                                 const Parallel& parallel) {
   struct Task {
     Codebook* cb;
     int64_t first, last;  // panels
     ByteLengths lengths{};
   };
   std::vector<Task> tasks;
+  const SearchKernel& kernel = kernel_;
   const ByteFormat& format = kernel.bytes;
   const int64_t width = format.width;
   for (size_t i = 0; i < codebooks_.size(); ++i) {
     Codebook& cb = codebooks_[i];
     if (!wanted[i] || cb.finite != cb.K || cb.scale != 1) continue;
-    float* mean = reinterpret_cast<float*>(memory_.emplace_back(cb.D * sizeof(float)).get());
+    float* mean = static_cast<float*>(allocate(cb.D * sizeof(float)));
     for (int64_t d = 0; d < cb.D; ++d) mean[d] = static_cast<float>(means[i * cb.D + d] / static_cast<double>(cb.K));
     cb.mean = mean;
     const int64_t panels = ceil_div(cb.K, width), step = kPanelCodewords / width;
@@ -209,7 +231,6 @@ void PackedCodebooks::make_bytes(const SearchKernel& kernel, const std::vector<c
     cb.byte_group = choose_byte_group(cb.K, cb.D);
     const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, format.chunk);
     const int64_t steps = ceil_div(cb.D, format.features);
-    auto allocate = [&](size_t bytes) { return static_cast<void*>(memory_.emplace_back(bytes).get()); };
     cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
     cb.half_norms8 = static_cast<int16_t*>(allocate(panels * width * 2));
     cb.panels8 = static_cast<int8_t*>(allocate(panels * width * steps * format.features));

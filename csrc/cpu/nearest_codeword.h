@@ -19,12 +19,16 @@
 
 namespace vqk::cpu {
 
+class PackedCodebooks;
+
 // One codebook as the kernels see it. "Value" is the type that decides: double for f64, else float.
 struct Codebook {
+  PackedCodebooks* owner;
   const void* codewords;    // [K,D] values as given (bf16 and f16 converted)
   const void* rows;         // [K,D] values that are compared: codewords, l2-normalised for cosine
-  const float* panels;      // [panels][D][width]: -scale * rows, a panel holding `width` codewords side by side
   const float* half_norms;  // [panels][width]: |scale * row|^2 / 2 (l2) or 0; +inf keeps a codeword out
+  // Where there are bytes, these three and integer_error are to be had after make_panels(cb) only.
+  const float* panels;      // [panels][D][width]: -scale * rows, a panel holding `width` codewords side by side
   const int16_t* panels16;  // [panels][ceil(D/2)][width][2]: rows as integers, or null
   const float* code_scales; // [panels][width]: row = code_scale * integers, nearly
   const int8_t* panels8;    // rows - mean in bytes, or null: nearest_codeword_bytes.h has the layout of these four
@@ -43,10 +47,6 @@ struct Codebook {
   int byte_group;               // panels of bytes whose scores are folded into one vector
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
-};
-
-struct Lengths {
-  double row, lost;  // the largest |scale * row|; what its integers lack
 };
 
 struct ByteLengths {
@@ -68,8 +68,10 @@ struct SearchKernel {
   // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
   void (*convert)(const void* from, DType dtype, int64_t count, void* to);
   void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);
-  // Fills panels [first, last) of cb.
-  Lengths (*pack)(const Codebook& cb, int64_t first, int64_t last);
+  // Fills half_norms of panels [first, last) of cb; the largest |scale * row|.
+  double (*half_norms)(const Codebook& cb, int64_t first, int64_t last);
+  // Fills panels, panels16 and code_scales; the largest |scale * row - code_scale * integers|.
+  double (*pack)(const Codebook& cb, int64_t first, int64_t last);
   // For rows[0..n): index[i] = the nearest codeword, or -1 where the row is not finite or skip[i]
   // (skip may be null); value[i] = its canonical cost: the squared distance, or minus the dot product.
   void (*search)(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
@@ -176,8 +178,8 @@ void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Codebooks made ready, with the memory they stand on: about K * D floats each (twice that for cosine,
-// bf16 and f16), half as much again for integers, a quarter for bytes.
+// Codebooks made ready, with the memory they stand on: about K * D bytes each; where that is not enough or does not
+// pay, as many floats and half as much again for integers; and K * D floats for cosine, bf16 and f16.
 class PackedCodebooks {
  public:
   struct Source {
@@ -188,14 +190,21 @@ class PackedCodebooks {
   PackedCodebooks(const SearchKernel&, const std::vector<Source>&, int64_t D, DType, Metric, bool certified,
                   int64_t rows, const Parallel&);
   const Codebook& operator[](size_t i) const { return codebooks_[i]; }
+  void make_panels(Codebook& cb);
 
  private:
+  const SearchKernel& kernel_;
   std::vector<Codebook> codebooks_;
-  std::vector<Memory> memory_;
+  mutable std::mutex mutex_;  // of what make_panels changes
+  mutable std::vector<Memory> memory_;
   std::unique_ptr<bool[]> fail_;
 
-  void make_bytes(const SearchKernel&, const std::vector<char>& wanted, const std::vector<double>& means,
-                  const Parallel&);
+  void* allocate(size_t bytes) { return memory_.emplace_back(bytes).get(); }
+  void allocate_panels(Codebook& cb);
+  void make_bytes(const std::vector<char>& wanted, const std::vector<double>& means, const Parallel&);
 };
+
+// What the passes after bytes need, made by the first thread to ask: ordinary data never does.
+void make_panels(const Codebook& cb);
 
 }  // namespace vqk::cpu

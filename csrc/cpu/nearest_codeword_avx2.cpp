@@ -50,7 +50,7 @@ typedef float FloatAtAny __attribute__((aligned(2), may_alias));
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, pack, search,
+extern const SearchKernel avx2_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, half_norms, pack, search,
                                          scan, scratch_bytes, byte_lengths, pack_bytes};
 }  // namespace vqk::cpu
 

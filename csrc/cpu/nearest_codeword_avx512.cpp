@@ -145,10 +145,10 @@ inline unsigned nonzero(const Mask& m) {
 }  // namespace
 
 #ifdef VQK_VNNI
-extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, pack, search,
+extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, half_norms, pack, search,
                                          scan, scratch_bytes, byte_lengths, pack_bytes};
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, {}, convert, normalize, pack, search, scan,
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, {}, convert, normalize, half_norms, pack, search, scan,
                                          scratch_bytes, nullptr, nullptr};
 #endif
 }  // namespace vqk::cpu

@@ -50,7 +50,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
     const double factor = __builtin_rint(cb.half_norm_unit * row.ticks * 32768);
     s.factors[2 * i] = s.factors[2 * i + 1] = static_cast<int16_t>(factor);
   }
-  coarse_pass_bytes(cb, bytes, s.factors, s.byte_rows, n, reinterpret_cast<int16_t*>(s.minima));
+  (chunks == 1 ? coarse_pass_bytes<true> : coarse_pass_bytes<false>)(cb, bytes, s.factors, s.byte_rows, n, reinterpret_cast<int16_t*>(s.minima));
 
   const float* codewords = static_cast<const float*>(cb.rows);
   Decision<float, L2> decision{z, codewords, D, index, value};

@@ -62,8 +62,32 @@ VQK_INLINE int slot(int j) {
 #endif
 }
 
+#ifndef VQK_QUADS
+// Sums of products over `steps` steps of a chunk, and what they start with.
+VQK_INLINE void sum_chunk_bytes(const uint8_t* z, int64_t steps, const int8_t* panel, const Start* start, Sums* sum0,
+                                Sums* sum1) {
+  const Sums s0 = (Sums)load_shorts(start), s1 = (Sums)load_shorts(start + kByteLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) sum0[r] = s0, sum1[r] = s1;
+#pragma GCC unroll 2
+  for (int64_t d = 0; d < steps; ++d) {
+    const IntVec c0 = *reinterpret_cast<const IntVecAtAny*>(panel);
+    const IntVec c1 = *reinterpret_cast<const IntVecAtAny*>(panel + 4 * kLanes);
+    panel += 2 * kByteWidth;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const IntVec x = VQK_PAIR(z + 4 * r);
+      sum0[r] += (Sums)VQK_MADD_BYTES(x, c0);
+      sum1[r] += (Sums)VQK_MADD_BYTES(x, c1);
+    }
+    z += 4 * kTileRows;
+  }
+}
+#endif
+
 // Scores of a tile of rows against one panel: lo, and hi where a panel has two vectors. start: [chunks][kByteWidth],
 // what the sums begin with.
+template <bool OneChunk>
 VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, const int16_t* factors, const int8_t* panel,
                                   const Start* start, int shift, const int16_t* half_norms, Shorts* lo, Shorts* hi) {
 #ifdef VQK_QUADS
@@ -93,32 +117,22 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, const int16_t
   (void)hi;
 #else
   constexpr int64_t kChunkSteps = kChunkFeatures / kStepFeatures;
+  Sums sum0[kTileRows], sum1[kTileRows];
+  if constexpr (OneChunk) {  // unshifted, and the sums stay in registers
+    sum_chunk_bytes(z, steps, panel, start, sum0, sum1);
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) lo[r] = hi[r] = Shorts{};
-  for (int64_t first = 0; first < steps; first += kChunkSteps) {
-    const int64_t last = first + kChunkSteps < steps ? first + kChunkSteps : steps;
-    Sums sum0[kTileRows], sum1[kTileRows];
-    const Sums s0 = (Sums)load_shorts(start), s1 = (Sums)load_shorts(start + kByteLanes);
-    start += kByteWidth;
+    for (int r = 0; r < kTileRows; ++r) lo[r] = (Shorts)sum0[r], hi[r] = (Shorts)sum1[r];
+  } else {
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) sum0[r] = s0, sum1[r] = s1;
-#pragma GCC unroll 2
-    for (int64_t d = first; d < last; ++d) {
-      const IntVec c0 = *reinterpret_cast<const IntVecAtAny*>(panel);
-      const IntVec c1 = *reinterpret_cast<const IntVecAtAny*>(panel + 4 * kLanes);
-      panel += 2 * kByteWidth;
+    for (int r = 0; r < kTileRows; ++r) lo[r] = hi[r] = Shorts{};
+    for (int64_t first = 0; first < steps; first += kChunkSteps, start += kByteWidth) {
+      const int64_t count = steps - first < kChunkSteps ? steps - first : kChunkSteps;
+      sum_chunk_bytes(z + first * 4 * kTileRows, count, panel + first * 2 * kByteWidth, start, sum0, sum1);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
-        const IntVec x = VQK_PAIR(z + 4 * r);
-        sum0[r] += (Sums)VQK_MADD_BYTES(x, c0);
-        sum1[r] += (Sums)VQK_MADD_BYTES(x, c1);
+        lo[r] += (Shorts)sum0[r] >> shift;
+        hi[r] += (Shorts)sum1[r] >> shift;
       }
-      z += 4 * kTileRows;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      lo[r] += (Shorts)sum0[r] >> shift;
-      hi[r] += (Shorts)sum1[r] >> shift;
     }
   }
   const Shorts h0 = load_shorts(half_norms), h1 = load_shorts(half_norms + kByteLanes);
@@ -243,6 +257,7 @@ VQK_INLINE void filter_bytes(const Codebook& cb, ByteRow& row, const int16_t* mi
 }
 
 // Fills the rows' candidates. bytes: whole tiles; factors: [rows][2], the row's factor for half norms, twice.
+template <bool OneChunk>
 static void coarse_pass_bytes(const Codebook& cb, const uint8_t* bytes, const int16_t* factors, ByteRow* rows, int n,
                               int16_t* minima) {
   const int64_t steps = (cb.D + kStepFeatures - 1) / kStepFeatures;
@@ -261,7 +276,7 @@ static void coarse_pass_bytes(const Codebook& cb, const uint8_t* bytes, const in
       int16_t* out = minima;
       for (int64_t p = first, in_group = 0; p < last; ++p) {
         Shorts lo[kTileRows], hi[kTileRows];
-        score_panel_bytes(bytes + start * 4 * steps, steps, factors + 2 * start, cb.panels8 + p * panel_bytes,
+        score_panel_bytes<OneChunk>(bytes + start * 4 * steps, steps, factors + 2 * start, cb.panels8 + p * panel_bytes,
                           starts + p * chunks * kByteWidth, cb.byte_shift, cb.half_norms8 + p * kByteWidth, lo, hi);
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r) {

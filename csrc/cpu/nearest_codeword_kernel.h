@@ -440,9 +440,12 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
   };
 #ifdef VQK_BYTES
   if constexpr (sizeof(T) == sizeof(float))
-    if (cb.panels8 && !__atomic_load_n(cb.bytes_fail, __ATOMIC_RELAXED) &&
-        finish(search_bytes<L2>(cb, z, skip, n, s, found, found_value)))
-      __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
+    if (cb.panels8) {
+      if (!__atomic_load_n(cb.bytes_fail, __ATOMIC_RELAXED) &&
+          finish(search_bytes<L2>(cb, z, skip, n, s, found, found_value)))
+        __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
+      if (n) make_panels(cb);
+    }
 #endif
 #ifdef VQK_INTEGER
   if (n && cb.panels16 && !__atomic_load_n(cb.integers_fail, __ATOMIC_RELAXED) &&

@@ -2,35 +2,56 @@
 // per SIMD level, inside that level's anonymous namespace.
 
 template <class T>
-static Lengths pack_with(const Codebook& cb, int64_t first, int64_t last) {
+static bool usable(const Codebook& cb, int64_t k, double squares) {
+  return squares - squares == 0 || (sizeof(T) == 8 && all_finite(static_cast<const T*>(cb.rows) + k * cb.D, cb.D));
+}
+
+template <class T>
+static double half_norms_with(const Codebook& cb, int64_t first, int64_t last) {
+  float* half_norms = const_cast<float*>(cb.half_norms);
+  double largest = 0;
+  for (int64_t k = first * kWidth; k < last * kWidth; ++k) {
+    half_norms[k] = __builtin_inff();
+    if (k >= cb.K) continue;
+    const double squares = sum_of_squares(static_cast<const T*>(cb.rows) + k * cb.D, cb.D) * cb.scale * cb.scale;
+    if (!usable<T>(cb, k, squares)) continue;
+    half_norms[k] = cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
+    if (squares > largest) largest = squares;
+  }
+  return __builtin_sqrt(largest);
+}
+
+static double half_norms(const Codebook& cb, int64_t first, int64_t last) {
+  return (cb.is_double ? half_norms_with<double> : half_norms_with<float>)(cb, first, last);
+}
+
+template <class T>
+static double pack_with(const Codebook& cb, int64_t first, int64_t last) {
   const int64_t D = cb.D;
-  float *panels = const_cast<float*>(cb.panels), *half_norms = const_cast<float*>(cb.half_norms);
+  float* panels = const_cast<float*>(cb.panels);
   const T scale = static_cast<T>(cb.scale);
-  double largest = 0, lost = 0;
+  double lost = 0;
   for (int64_t p = first; p < last; ++p) {
     float* panel = panels + p * D * kWidth;
     for (int j = 0; j < kWidth; ++j) {
       const int64_t k = p * kWidth + j;
       const T* row = static_cast<const T*>(cb.rows) + k * D;
-      double squares = k < cb.K ? sum_of_squares(row, D) * cb.scale * cb.scale : 0.0;
-      const bool usable = k < cb.K && (squares - squares == 0 || (sizeof(T) == 8 && all_finite(row, D)));
-      if (!usable) squares = 0;
+      const bool takes_part = cb.half_norms[k] < __builtin_inff();
       for (int64_t d = 0; d < D; ++d)
-        panel[d * kWidth + j] = usable ? static_cast<float>(-(row[d] * scale)) : 0.0f;
-      half_norms[p * kWidth + j] = !usable ? __builtin_inff() : cb.l2 ? static_cast<float>(0.5 * squares) : 0.0f;
-      if (squares > largest) largest = squares;
+        panel[d * kWidth + j] = takes_part ? static_cast<float>(-(row[d] * scale)) : 0.0f;
 #ifdef VQK_INTEGER
       if (!cb.panels16) continue;
-      const double error = code_to_integers<T>(cb, k, __builtin_sqrt(squares), const_cast<int16_t*>(cb.panels16),
+      const double norm = takes_part ? __builtin_sqrt(sum_of_squares(row, D)) * cb.scale : 0.0;
+      const double error = code_to_integers<T>(cb, k, norm, const_cast<int16_t*>(cb.panels16),
                                                const_cast<float*>(cb.code_scales));
       if (error > lost) lost = error;
 #endif
     }
   }
-  return {__builtin_sqrt(largest), lost};
+  return lost;
 }
 
-static Lengths pack(const Codebook& cb, int64_t first, int64_t last) {
+static double pack(const Codebook& cb, int64_t first, int64_t last) {
   return (cb.is_double ? pack_with<double> : pack_with<float>)(cb, first, last);
 }
 

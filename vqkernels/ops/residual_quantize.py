@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..dispatch import pick
@@ -63,7 +64,8 @@ def _codebook_grads(ctx, z, indices, codebooks, scale):
     for level, codebook in enumerate(codebooks[: wanted[-1] + 1]):
         if level in wanted:
             sums, counts = pick("codeword_sums", z.device)(residual, indices[..., level], codebook.shape[1])
-            grads[level] = (scale[level] * (counts.unsqueeze(-1) * codebook - sums)).to(codebook.dtype)
+            grad = torch.addcmul(sums * -scale[level], codebook, scale[level] * counts.unsqueeze(-1))
+            grads[level] = grad.to(codebook.dtype)
         if level < wanted[-1]:
             flat = indices[..., level].clamp(min=0).unsqueeze(-1).expand(-1, -1, z.shape[-1])
             residual = residual - codebook.gather(1, flat)

@@ -2,9 +2,11 @@
 # Both make .venv and build the kernels first; the second run is fast.
 #
 #   TORCH=torch==2.13.0     the torch to install      VQK_CUDA=auto|0|1, VQK_ARCHS, MAX_JOBS: see setup.py
+#   WORKERS=2               processes that run the tests
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -16,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The tests of vector-quantize-pytorch against ours: make incumbent-tests SUITE="--all --source CHECKOUT"
 incumbent-tests: $(VENV)/installed

@@ -17,19 +17,48 @@ def poisoned_memory_and_seed():
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """What the differential tests and the Triton kernels under check compared, if this run had any; how long each file
-    of the latter took."""
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what its tests noted, for the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["noted"] = noted()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    from_workers.append(getattr(node, "workeroutput", {}).get("noted", {}))
+
+
+from_workers: list[dict] = []
+
+
+def noted() -> dict:
+    """In this process: the lines that each test module printed, and what was compared with vector-quantize-pytorch."""
+    tests = {name: module for name, module in list(sys.modules.items()) if name.startswith("test_")}
+    modules = {name: module.printed for name, module in tests.items() if hasattr(module, "printed")}
     pairs = sys.modules.get("layer_pairs")
-    if pairs is not None and pairs.record.comparisons:
-        terminalreporter.write_line(pairs.record.summary())
+    return {"printed": modules, "pairs": pairs.record.state() if pairs else None}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the differential tests and the GPU kernels under check compared, if this run had any; how long each file
+    of the latter took."""
+    notes = [noted(), *from_workers]
+    if states := [note["pairs"] for note in notes if note.get("pairs")]:
+        from layer_pairs import Record
+
+        if (record := Record.of(states)).comparisons:
+            terminalreporter.write_line(record.summary())
+    printed: dict[str, list[str]] = {}
+    for note in notes:
+        for name, lines in note.get("printed", {}).items():
+            printed.setdefault(name, []).extend(lines)
     reports = [r for some in terminalreporter.stats.values() for r in some if isinstance(r, pytest.TestReport)]
     totals: dict[str, float] = {}
     for file in sorted({r.nodeid.split("::")[0] for r in reports}):
         module = Path(file).stem
         if not module.startswith(("test_triton", "test_ptx", "test_tuning", "test_cuda")):
             continue
-        for line in getattr(sys.modules.get(module), "printed", ()):
+        for line in printed.get(module, ()):
             terminalreporter.write_line(line)
         of_file = [r for r in reports if r.nodeid.startswith(f"{file}::")]
         seconds, passed = sum(r.duration for r in of_file), sum(r.passed and r.when == "call" for r in of_file)

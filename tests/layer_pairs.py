@@ -30,6 +30,20 @@ class Record:
             test = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].removesuffix(" (call)")
             self.largest, self.where = deviation, f"{what or 'tensor'} in {test}"
 
+    def state(self):
+        return {**vars(self), "configurations": sorted(self.configurations)}
+
+    @classmethod
+    def of(cls, states):
+        """What several processes compared together."""
+        record = cls()
+        for state in states:
+            record.configurations.update(state["configurations"])
+            record.comparisons += state["comparisons"]
+            if state["largest"] > record.largest:
+                record.largest, record.where = state["largest"], state["where"]
+        return record
+
     def summary(self):
         return (
             f"{len(self.configurations)} configurations compared with vector-quantize-pytorch, {self.comparisons} "

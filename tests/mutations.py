@@ -51,7 +51,7 @@ MUTATIONS = {
     "no gradient to the encoder": (
         "vqkernels/ops/residual_quantize.py", r"if ctx\.needs_input_grad\[0\]:", "if False:", GRADIENTS),
     "no codebook gradient": (
-        "vqkernels/ops/residual_quantize.py", r"grads\[level\] = \(scale\[level\]", "grads[level] = 0 * (scale[level]", GRADIENTS),
+        "vqkernels/ops/residual_quantize.py", r"grads\[level\] = grad\.to", "grads[level] = 0 * grad.to", GRADIENTS),
     "commitment gradient without beta": (
         "vqkernels/ops/residual_quantize.py", r"\(ctx\.beta \* scale\)", "scale", GRADIENTS),
     "kernel: R instead of its transpose": (
@@ -72,6 +72,8 @@ MUTATIONS = {
         BYTES, r"-128 \* static", "-127 * static", DRIVER),
     "kernel: bytes forget the last codeword": (
         BYTES, r"k < first \+ step && k < cb\.K;", "k < first + step && k < cb.K - 1;", DRIVER),
+    "kernel: panels behind bytes lack the last": (
+        "csrc/cpu/nearest_codeword.cpp", r"pack\(cb, 0, cb\.panels_count\)", "pack(cb, 0, cb.panels_count - 1)", DRIVER),
     "kernel: integers lose their error bound": (
         "csrc/include/vqk/error_bound.h", r"const double lost = z_error \* c_norm \+", "const double lost = 0 * z_error + 0 *", KERNEL),
     "kernel: integers lose the last feature": (

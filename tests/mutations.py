@@ -362,7 +362,9 @@ MUTATIONS = {
     "triton: survivors are not compared": (
         RESIDUALS, r"\(best - lowest\[:, None\] <= margin\[:, None\]\)", "(best - lowest[:, None] <= 0.0)", ON_RESIDUALS),
     "triton: a lane's second survivor is forgotten": (
-        RESIDUALS, r"tl\.max\(hidden\.to\(tl\.int32\), 1\) > 0", "tl.max(hidden.to(tl.int32), 1) > 1", ON_RESIDUALS),
+        RESIDUALS, r"\(behind - lowest <= margin\)", "(behind < lowest)", ON_RESIDUALS),
+    "triton: two survivors pass for one": (
+        RESIDUALS, r"unsure = hidden \| .*", "unsure = hidden", ON_RESIDUALS),
     "triton: the last residual may overflow": (
         RESIDUALS, r"alive = alive & \(largest_magnitude\(residual, rows, alive, D, BLOCK\) >= 0\)\n    tl", "tl", ON_RESIDUALS),
     "triton: a level does not wait for the one before": (

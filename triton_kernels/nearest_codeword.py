@@ -257,7 +257,7 @@ def nearest_codeword(
     _compare_kernel[(programs, H)](
         z, codebook, coarse_z, coarse.coarse, coarse.half_norms, ratios, counts, listed, limits, indices, distances,
         N, padded_N, K, coarse.padded_K, D, coarse.padded_D, *coarse.strides, l2, cosine, COMPARED_ROWS, COMPARED_CODES,
-        min(features, 64), arithmetic, num_warps=1, num_stages=3, enable_fp_fusion=False,
+        min(features, 64), arithmetic, num_warps=1, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip
     return indices, distances
 

@@ -341,6 +341,8 @@ MUTATIONS = {
         "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, scores\)\)", "second = second", CERTIFIED),
     "triton: a split's second lowest score is lost": (
         "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, value\)\)", "second = second", CERTIFIED),
+    "triton: a program compares the rows of one step only": (
+        "triton_kernels/nearest_codeword.py", r"range\(tl\.program_id\(0\), \(count \+ ROWS - 1\) // ROWS,", "range(tl.program_id(0), tl.program_id(0) + 1,", CERTIFIED),
     "triton: ties go to the last codeword": (
         "triton_kernels/nearest_codeword.py", r"tl\.where\(value < best, t \* CODES \+ lane, index\)", "tl.where(value <= best, t * CODES + lane, index)", CERTIFIED),
     "triton: rows land one slot further in the list": (

@@ -38,7 +38,7 @@ def config(op: str, key: str) -> dict[str, int]:
 
 
 def registers(most: int) -> dict[str, int]:
-    """The launch option that lets a lane have ``most`` registers; {} where there is none: AMD, the interpreter, tracing.
+    """The launch option that lets a lane have ``most`` registers; {} without one: AMD, the interpreter, tracing.
     Left to itself, NVIDIA's assembler gives blocks of one or two warps few of them and spills."""
     device = _device()
     return {"maxnreg": most} if device is not None and _chip(device).startswith("sm_") else {}

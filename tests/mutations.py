@@ -343,6 +343,8 @@ MUTATIONS = {
         "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, scores\)\)", "second = second", CERTIFIED),
     "triton: a split's second lowest score is lost": (
         "triton_kernels/nearest_codeword.py", r"second = tl\.minimum\(second, tl\.maximum\(best, value\)\)", "second = second", CERTIFIED),
+    "triton: a program compares the rows of one step only": (
+        "triton_kernels/nearest_codeword.py", r"range\(tl\.program_id\(0\), \(count \+ ROWS - 1\) // ROWS,", "range(tl.program_id(0), tl.program_id(0) + 1,", CERTIFIED),
     "triton: ties go to the last codeword": (
         "triton_kernels/nearest_codeword.py", r"tl\.where\(value < best, t \* CODES \+ lane, index\)", "tl.where(value <= best, t * CODES + lane, index)", CERTIFIED),
     "triton: rows land one slot further in the list": (
@@ -364,7 +366,9 @@ MUTATIONS = {
     "triton: survivors are not compared": (
         RESIDUALS, r"\(best - lowest\[:, None\] <= margin\[:, None\]\)", "(best - lowest[:, None] <= 0.0)", ON_RESIDUALS),
     "triton: a lane's second survivor is forgotten": (
-        RESIDUALS, r"tl\.max\(hidden\.to\(tl\.int32\), 1\) > 0", "tl.max(hidden.to(tl.int32), 1) > 1", ON_RESIDUALS),
+        RESIDUALS, r"\(behind - lowest <= margin\)", "(behind < lowest)", ON_RESIDUALS),
+    "triton: two survivors pass for one": (
+        RESIDUALS, r"unsure = hidden \| .*", "unsure = hidden", ON_RESIDUALS),
     "triton: the last residual may overflow": (
         RESIDUALS, r"alive = alive & \(largest_magnitude\(residual, rows, alive, D, BLOCK\) >= 0\)\n    tl", "tl", ON_RESIDUALS),
     "triton: a level does not wait for the one before": (

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import search
 from .search import canonical_pairs, canonical_tile, dots_of_rows, dots_of_tile
-from .tuning import config
+from .tuning import config, registers
 
 COMPARED_ROWS = 16  # a step of the compare kernel: the least that tl.dot takes
 COMPARED_CODES = 32
@@ -257,7 +257,7 @@ def nearest_codeword(
     _compare_kernel[(programs, H)](
         z, codebook, coarse_z, coarse.coarse, coarse.half_norms, ratios, counts, listed, limits, indices, distances,
         N, padded_N, K, coarse.padded_K, D, coarse.padded_D, *coarse.strides, l2, cosine, COMPARED_ROWS, COMPARED_CODES,
-        min(features, 64), arithmetic, num_warps=1, num_stages=3, enable_fp_fusion=False,
+        min(features, 64), arithmetic, num_warps=1, num_stages=3, enable_fp_fusion=False, **registers(168),
     )  # fmt: skip
     return indices, distances
 

@@ -172,9 +172,10 @@ def _residual_quantize_kernel(
         near = alive[:, None] & (best < float("inf")) & (best - lowest[:, None] <= margin[:, None])
         codes = tl.where(near, tile * CODES + lanes[None, :], _NONE)
         index = tl.min(codes, 1)
-        hidden = (second < float("inf")) & (second - lowest[:, None] <= margin[:, None])
-        hidden = alive & (tl.max(hidden.to(tl.int32), 1) > 0)
-        unsure = hidden | (tl.sum(near.to(tl.int32), 1) > 1)
+        behind = tl.min(second, 1)
+        hidden = alive & (behind < float("inf")) & (behind - lowest <= margin)
+        # minima and maxima of numbers: for a count of booleans some compilers reserve a stack frame
+        unsure = hidden | (tl.max(tl.where(near, codes, -1), 1) > index)
 
         if tl.max(unsure.to(tl.int32), 0) > 0:
             codewords = units + book * K * D

@@ -37,6 +37,13 @@ def config(op: str, key: str) -> dict[str, int]:
     return dict(_config(_device(), op, key))
 
 
+def registers(most: int) -> dict[str, int]:
+    """The launch option that lets a lane have ``most`` registers; {} without one: AMD, the interpreter, tracing.
+    Left to itself, NVIDIA's assembler gives blocks of one or two warps few of them and spills."""
+    device = _device()
+    return {"maxnreg": most} if device is not None and _chip(device).startswith("sm_") else {}
+
+
 @contextmanager
 def using(table: dict) -> Iterator[None]:
     """Inside, ``config`` answers from ``table``, and from the default table where that has no row for an op."""

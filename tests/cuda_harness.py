@@ -37,8 +37,9 @@ SANITIZERS = {
     "thread": "-O1 -fsanitize=thread -ffp-contract=off",
 }
 SEEN = {"address": ["-DVQK_ASAN"], "thread": ["-DVQK_TSAN"]}  # by the emulator, which is not instrumented
-LARGEST = {"plain": 100_000, "address": 5000, "thread": 1100}  # size of a dimension; larger cases take too long
-RUNS = {"plain": 4, "address": 2, "thread": 2}
+# of a build, or of nvcc's PTX: the largest size of a dimension, beyond which cases take too long; runs of a case
+LARGEST = {"plain": 100_000, "address": 5000, "thread": 1100, "ptx": 1100}
+RUNS = {"plain": 4, "address": 2, "thread": 2, "ptx": 1}
 CAPABILITIES = (80, 86, 90, 100, 120)  # of the emulated devices: case after case another
 EVERY_TILES = (80, 90, 120)  # rows of csrc/cuda/tiles.cuh that differ
 TYPES = {t: i for i, t in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool))}  # fmt: skip

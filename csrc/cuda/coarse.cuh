@@ -443,22 +443,26 @@ __device__ __forceinline__ void mark_survivors(const Accumulators& acc, const fl
                                                const RatioOf& ratio_of, const float (&limits)[kTile],
                                                Survivors& bits) {
   const Place place;
-  float ratio[8];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) ratio[r] = ratio_of(r);
+  for (int word = 0; word < 2; ++word) {
+    const int code = place.first_code + 32 * word;
+    float half[8];  // of codes code, code + 1, code + 8, ...
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const int code = place.first_code + 8 * n;
-    const float2 half = *reinterpret_cast<const float2*>(half_norms + tile * kTile + code);
+    for (int i = 0; i < 8; ++i) {
+      const float h = half_norms[tile * kTile + code + i / 2 * 8 + i % 2];
+      half[i] = h < HUGE_VALF ? h : NAN;  // never wins, even where the limit is infinite
+    }
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
+    for (int r = 0; r < 8; ++r) {
+      const float ratio = ratio_of(r), limit = limits[place.first_row + 8 * r];
+      unsigned mark = 0;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float h = j ? half.y : half.x;
-        if (__fmaf_rn(-ratio[r], acc[r / 2][n][r % 2 * 2 + j], h) <= limits[place.first_row + 8 * r] &&
-            h < HUGE_VALF)
-          atomicOr(&bits[place.first_row + 8 * r][code / 32], 1u << (code % 32 + j));
+      for (int i = 0; i < 8; ++i) {
+        const float score = __fmaf_rn(-ratio, acc[r / 2][4 * word + i / 2][r % 2 * 2 + i % 2], half[i]);
+        if (score <= limit) mark |= 1u << (i / 2 * 8 + i % 2);
       }
+      if (mark) atomicOr(&bits[place.first_row + 8 * r][code / 32], mark << code % 32);
+    }
   }
 }
 
@@ -481,6 +485,7 @@ struct Choice {
 template <class Row, class Code>
 __device__ void compare_survivors(Survivors& bits, int tile, const Row* x, const Code* codebook, int64_t D, bool l2,
                                   Choice& choice) {
+#pragma unroll 1  // rare, and long enough once
   for (int w = 0; w < kTile / 32; ++w) {
     unsigned left = bits[threadIdx.x][w];
     bits[threadIdx.x][w] = 0;

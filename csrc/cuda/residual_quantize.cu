@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       values[row] = HUGE_VAL, chosen[row] = near == 1 && !hidden ? last : -1, hopeless[row] = false;
       if (near > 1 && !hidden)
         with_choice([&](Choice& choice, const A* mine, const auto* codewords, bool by_l2) {
+#pragma unroll 1  // rare, and long enough once
           for (int i = 0; i < kLanes; ++i) {
             const Lowest& lane = lanes[row * kLanes + i];
             if (lane.best < HUGE_VALF && lane.best - best <= margin)

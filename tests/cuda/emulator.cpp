@@ -297,7 +297,7 @@ void begin_block(uint3 block) {
   std::memset(arena, 0xff, size);
   used_arenas.push_back(arena);
   arena_used = launch.shared_bytes;
-  static_left = static_shared_left(launch);
+  static_left = launch.static_left;
 #ifdef VQK_ASAN
   ASAN_POISON_MEMORY_REGION(arena + launch.shared_bytes, size - launch.shared_bytes);
 #endif

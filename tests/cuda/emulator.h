@@ -104,11 +104,11 @@ struct Launch {
   const size_t* sizes;
   void (*body)(void*);
   void* context;
+  int64_t static_left = 0;  // bytes that dynamic shared memory leaves for static variables; launch() sets it
 };
 constexpr int kStaticShared = 48 << 10;         // what a kernel may use without asking
-int64_t static_shared_left(const Launch&);      // by a launch's dynamic shared memory
 void another_device();                          // forgets what launchers have asked of the last one
-void launch(const Launch&);                     // remembers a refusal, as the device would
+void launch(Launch);                            // remembers a refusal, as the device would
 void run(const Launch&);                        // on fibers
 extern void (*launch_instead)(const Launch&);   // if not null, takes the place of `run`
 void list_kernel(const char* type_name);

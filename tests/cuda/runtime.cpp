@@ -52,12 +52,6 @@ int shared_of_multiprocessor() { return multiprocessor().shared_kb << 10; }
 
 void (*launch_instead)(const Launch&);
 
-int64_t static_shared_left(const Launch& l) {
-  const auto found = shared_allowed.find(l.function);
-  if (found == shared_allowed.end()) return kStaticShared - static_cast<int64_t>(l.shared_bytes);
-  return shared_of_multiprocessor() - 1024 - found->second;
-}
-
 void another_device() {
   shared_allowed.clear();
   last_error = cudaSuccess;
@@ -72,9 +66,12 @@ std::vector<std::string> kernels_never_launched() {
   return names;
 }
 
-void launch(const Launch& l) {
+void launch(Launch l) {
   if (remember(refusal(l)) != cudaSuccess) return;
   launched.insert(l.type_name);
+  const auto asked = shared_allowed.find(l.function);
+  l.static_left = asked == shared_allowed.end() ? kStaticShared - static_cast<int64_t>(l.shared_bytes)
+                                                : shared_of_multiprocessor() - 1024 - asked->second;
   if (launch_instead) launch_instead(l);
   else run(l);
 }

@@ -146,6 +146,7 @@ def nearest_codeword(dtype):
     the same for few features."""
     out = []
     for label, H, N, K, D, metric in (
+        ("three chunks", 1, 20, 300, 160, 0),
         ("four chunks", 1, 50, 140, 200, 0),
         ("two chunks", 1, 20, 260, 72, 2),
         ("heads", 3, 20, 140, 40, 0),
@@ -168,9 +169,11 @@ def nearest_codeword(dtype):
 
 
 def residual_quantize(dtype):
-    """Rows of one, two and more chunks, more levels than a launch sets, two blocks of rows, codewords all alike."""
+    """Rows of one, two, three and more chunks, more levels than a launch sets, two blocks of rows, codewords all alike."""
     z, books = _randn(1, 40, 200, seed=84, dtype=dtype), [_randn(1, K, 200, seed=K, dtype=dtype) for K in (130, 20)]
     out = [("four chunks", (z, books, None, 0))]
+    z, books = _randn(1, 30, 160, seed=88, dtype=dtype), [_randn(1, K, 160, seed=K, dtype=dtype) for K in (30, 60)]
+    out.append(("three chunks", (z, books, None, 0)))
     z, books = _randn(2, 20, 72, seed=85, dtype=dtype), [_randn(2, K, 72, seed=K, dtype=dtype) for K in (60, 20)]
     out.append(("two chunks", (z, books, None, 1)))
     z, book = _randn(1, 140, 18, seed=86, dtype=dtype), _randn(1, 9, 18, seed=87, dtype=dtype, scale=0.3)
@@ -179,6 +182,8 @@ def residual_quantize(dtype):
     out.append(("all alike", (z, [book, book], None, 2)))
     return out
 
+
+TILES_MATTER = ("three chunks", "four chunks")  # these run on one device of each kind
 
 CASES = {
     "nearest_codeword": nearest_codeword,

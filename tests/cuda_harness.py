@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cuda_cases import more_cases
+from cuda_cases import TILES_MATTER, more_cases
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +37,11 @@ SANITIZERS = {
     "thread": "-O1 -fsanitize=thread -ffp-contract=off",
 }
 SEEN = {"address": ["-DVQK_ASAN"], "thread": ["-DVQK_TSAN"]}  # by the emulator, which is not instrumented
-LARGEST = {"plain": 100_000, "address": 5000, "thread": 1100}  # size of a dimension; larger cases take too long
-RUNS = {"plain": 4, "address": 2, "thread": 2}
-CAPABILITIES = (8, 9, 10, 12)
+# of a build, or of nvcc's PTX: the largest size of a dimension, beyond which cases take too long; runs of a case
+LARGEST = {"plain": 100_000, "address": 5000, "thread": 1100, "ptx": 1100}
+RUNS = {"plain": 4, "address": 2, "thread": 2, "ptx": 1}
+CAPABILITIES = (80, 86, 90, 100, 120)  # of the emulated devices: case after case another
+EVERY_TILES = (80, 90, 120)  # rows of csrc/cuda/tiles.cuh that differ
 TYPES = {t: i for i, t in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool))}  # fmt: skip
 
 
@@ -156,10 +158,10 @@ class Case:
     outputs: tuple[Tensor, ...]
     seed: int = 1
     runs: int = 1
+    capability: int = 80
 
     def encoded(self) -> bytes:
-        capability = CAPABILITIES[self.seed % len(CAPABILITIES)]
-        head = _text(self.op) + _integers(self.seed, self.runs, capability, self.seed // 2 % 2)
+        head = _text(self.op) + _integers(self.seed, self.runs, self.capability, self.seed // 2 % 2)
         arguments = _integers(len(self.args)) + b"".join(map(_argument, self.args))
         return head + arguments + _integers(len(self.outputs)) + b"".join(_array(x, False) for x in self.outputs)
 
@@ -224,8 +226,11 @@ def cases_of(program: str, kind: str, dtype: str = "") -> list[Case]:
         for type_ in SPECS[op].dtypes:
             for label, args in chosen(op, type_, kind) if dtype in str(type_) else ():
                 out = SPECS[op].fake(*args)
-                label = f"{op} {str(type_)[6:]} {label}"
-                cases.append(Case(op, label, args, out if isinstance(out, tuple) else (out,), len(cases), RUNS[kind]))
+                out = out if isinstance(out, tuple) else (out,)
+                devices = EVERY_TILES if label in TILES_MATTER else CAPABILITIES[len(cases) % len(CAPABILITIES) :][:1]
+                for device in devices:
+                    name = f"{op} {str(type_)[6:]} {label}, sm_{device}"
+                    cases.append(Case(op, name, args, out, len(cases), RUNS[kind], device))
     return cases
 
 

@@ -28,6 +28,9 @@ class _Launch(ctypes.Structure):
         ("count", ctypes.c_int),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
         ("sizes", ctypes.POINTER(ctypes.c_size_t)),
+        ("body", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("static_left", ctypes.c_int64),
     ]
 
 
@@ -89,7 +92,7 @@ class Library:
             values = [ctypes.string_at(launch.arguments[i], launch.sizes[i]) for i in range(launch.count)]
             run_entry(
                 self.text, self.entries[name], tuple(launch.grid), tuple(launch.block), values, self._allocations(),
-                shared=launch.shared_bytes, racecheck=self.racecheck, seed=self.seed,
+                shared=launch.shared_bytes, static_left=launch.static_left, racecheck=self.racecheck, seed=self.seed,
             )  # fmt: skip
         except Exception as error:  # ctypes would print it and go on
             self.error = error

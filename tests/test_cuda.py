@@ -77,10 +77,11 @@ BUGS = {
     "bins in shared memory without atomics": ("thread", "data race"),
     "counts in global memory without atomics": ("thread", "data race"),
     "barriers in two branches": ("plain", "__syncthreads is divergent"),
+    "more shared memory than a block may have": ("plain", "more is more than the device has left"),
 }
 SHORT = (
     *("data race", "heap-buffer-overflow", "out of bounds", "waits for lane", "multiple of 16", "warp divergence"),
-    *("barrier divergence", "divergent", "depends on the order", "uninitialised", "race"),
+    *("barrier divergence", "divergent", "depends on the order", "uninitialised", "race", "the device has"),
 )
 
 

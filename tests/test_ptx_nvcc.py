@@ -30,11 +30,8 @@ def library(name, folder=CUDA):
 
 @pytest.mark.parametrize("name", cuda_harness.programs())
 def test_kernels(name):
-    cases = cuda_harness.cases_of(name, "thread")
-    for case in cases:
-        case.runs = 1
-    chosen = cuda_ptx.few_cases(library(name), cases)
-    launches, checked = 0, set()
+    chosen = cuda_ptx.few_cases(library(name), cuda_harness.cases_of(name, "ptx"))
+    launches, checked, instances = 0, set(), set()
     for case in chosen:
         kernels = {kernel.split("<")[0] for kernel in library(name).call(case, execute=False)[2]}
         wrong, outputs, launched = library(name).call(case, racecheck=not checked.issuperset(kernels))
@@ -42,7 +39,9 @@ def test_kernels(name):
         detail = wrong or verify.judge(SPECS[case.op], outputs, case.args)[0]
         assert detail == "", f"{case.label}, seed {case.seed}: {detail}"
         launches += len(launched)
-    assert chosen
+        instances.update(launched)
+    left = set(library(name).entries) - instances
+    assert not left, f"no case launches {sorted(left)}: add one to tests/cuda_cases.py"
     printed.append(f"{name:27} nvcc's PTX for {cuda_ptx.TARGET}  {len(chosen):3} cases {launches:4} launches")
 
 
@@ -60,6 +59,7 @@ FOUND = {
     "bins in shared memory without atomics": "race",
     "counts in global memory without atomics": "race",
     "barriers in two branches": "barrier divergence",
+    "more shared memory than a block may have": "the device has .* left",
 }
 
 

@@ -11,26 +11,23 @@
 //
 //     block: 128 rows x 128 codewords a tile, 4 warps of 64 x 64          shared memory, 16 KB a chunk
 //
-//         rows     +--------+--------+                   resident   [rows: every chunk][codes: 3 stages]
-//         128      | warp 0 | warp 2 |                   else       [rows: 3 stages][codes: 3 stages]
+//         rows     +--------+--------+                   resident   [rows: every chunk][codes: stages]
+//         128      | warp 0 | warp 2 |                   else       [rows: stages][codes: stages]
 //         x        +--------+--------+
 //         chunk    | warp 1 | warp 3 |  64 x 64: 4 x 8   chunk = 128 bytes of each of 128 rows (64 or 32 features)
 //                  +--------+--------+  accumulators     piece p (16 bytes) of row r lies at place p ^ (r % 8):
 //                    codes 128 x chunk                   neither cp.async nor ldmatrix meets a bank twice
 //
-// cp.async fetches two chunks ahead, across tiles; one barrier a chunk. ldmatrix moves bytes: bf16, fp16 and tf32 have
-// the same addresses. Registers: 128 accumulators and 8 x (best, second, index, ratio) a thread: two blocks a
-// multiprocessor where shared memory allows (resident: D <= 128 in 16 bits on sm_80).
+// cp.async fetches one or two chunks ahead, across tiles; one barrier a chunk. How many stages and which rows are
+// resident depends on the architecture: tiles.cuh. ldmatrix moves bytes: bf16, fp16 and tf32 have the same addresses.
+// Registers: 128 accumulators and 8 x (best, second, index, ratio) a thread: two blocks a multiprocessor where shared
+// memory allows.
 #pragma once
 #include "search.cuh"
+#include "tiles.cuh"
 
 namespace vqk::cuda {
 
-constexpr int kTile = 128;  // rows, codewords, threads and bytes of a chunk
-constexpr int kTileThreads = 128;
-constexpr int kStages = 3;
-constexpr int kChunkBytes = kTile * kTile;
-constexpr int kResidentChunks = 2;  // rows of up to so many stay in shared memory
 constexpr int kMaxRatio = 60;       // of exponents of row and codebook, beyond which there is no bound
 constexpr int kSafeExponent = 400;  // of float64 values whose squares neither overflow nor vanish
 constexpr int64_t kMaxFeatures = 1 << 16;
@@ -205,10 +202,15 @@ __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Lar
 constexpr int kCopyThreads = 256;
 constexpr int64_t kCopyRows = kCopyThreads / 8;
 
-// Blocks (rows of a head, heads).
-inline dim3 copy_grid(int64_t H, int64_t rows) {
+// Blocks (rows of a head, heads) of a kernel that loops over both.
+template <class Kernel>
+dim3 grid_of_heads(Kernel kernel, int threads, int shared_bytes, int64_t tasks, int64_t H) {
   const unsigned heads = static_cast<unsigned>(H < 65535 ? H : 65535);
-  return {grid_size((rows + kCopyRows - 1) / kCopyRows, 16 / heads + 1), heads};
+  return {grid_of(kernel, threads, shared_bytes, tasks, heads), heads};
+}
+template <class Kernel>
+dim3 copy_grid(Kernel kernel, int64_t H, int64_t rows) {
+  return grid_of_heads(kernel, kCopyThreads, 0, (rows + kCopyRows - 1) / kCopyRows, H);
 }
 
 namespace {  // each file has kernels of its own
@@ -275,11 +277,11 @@ void copy_codebook(const void* codebook, const CoarseCodebook& to, int64_t H, in
                    cudaStream_t stream) {
   Largest* largest = const_cast<Largest*>(to.largest);
   cudaMemsetAsync(largest, 0, H * sizeof(Largest), stream);
-  VQK_LAUNCH(largest_kernel<T>, copy_grid(H, K), kCopyThreads, 0, stream, static_cast<const T*>(codebook), largest, H,
-             K, D);
-  VQK_LAUNCH((copy_codebook_kernel<Arithmetic, T>), copy_grid(H, to.padded_K), kCopyThreads, 0, stream,
-             static_cast<const T*>(codebook), largest, const_cast<char*>(to.copy), const_cast<float*>(to.half_norms), H,
-             K, to.padded_K, D, l2);
+  VQK_LAUNCH(largest_kernel<T>, copy_grid(largest_kernel<T>, H, K), kCopyThreads, 0, stream,
+             static_cast<const T*>(codebook), largest, H, K, D);
+  VQK_LAUNCH((copy_codebook_kernel<Arithmetic, T>), copy_grid(copy_codebook_kernel<Arithmetic, T>, H, to.padded_K),
+             kCopyThreads, 0, stream, static_cast<const T*>(codebook), largest, const_cast<char*>(to.copy),
+             const_cast<float*>(to.half_norms), H, K, to.padded_K, D, l2);
 }
 
 // Where a thread's accumulators belong: rows first_row + 16 m + 8 i, codes first_code + 8 n + j of a tile, for
@@ -296,9 +298,12 @@ using Accumulators = float[4][8][4];
 
 __device__ inline int shared_place(int row, int piece) { return row * kTile + ((piece ^ (row & 7)) << 4); }
 
-__host__ __device__ inline int pass_shared_bytes(int64_t copy_bytes) {
-  const int64_t chunks = (copy_bytes + kTile - 1) / kTile;
-  return static_cast<int>((chunks <= kResidentChunks ? chunks : kStages) + kStages) * kChunkBytes;
+// Chunks of a row's copy.
+__host__ __device__ inline int chunks_of(int64_t copy_bytes) { return static_cast<int>((copy_bytes + kTile - 1) / kTile); }
+
+// The row of kTiles for the current device.
+inline Tiles device_tiles() {
+  return tiles_of(10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor));
 }
 
 // So much dynamic shared memory for the next launches; a device that has less refuses them.
@@ -311,11 +316,12 @@ void allow_shared(Kernel kernel, int bytes) {
 // each. `rows`, `codes`: copies; row_at(i): the row in `rows` of row i of the tile. rows null: the copy lies in shared
 // memory already, resident. All threads call it; shared memory is free again when it returns.
 template <class Arithmetic, class RowAt, class Epilogue>
-__device__ __forceinline__ void coarse_pass(char* shared, const char* rows, const char* codes, int64_t bytes, int tile,
-                                            int last_tile, const RowAt& row_at, const Epilogue& epilogue) {
-  const int chunks = static_cast<int>((bytes + kTile - 1) / kTile);
-  const bool resident = chunks <= kResidentChunks;
-  char* const code_chunks = shared + (resident ? chunks : kStages) * kChunkBytes;
+__device__ __forceinline__ void coarse_pass(const Tiles& tiles, char* shared, const char* rows, const char* codes,
+                                            int64_t bytes, int tile, int last_tile, const RowAt& row_at,
+                                            const Epilogue& epilogue) {
+  const int chunks = chunks_of(bytes), stages = tiles.stages;
+  const bool resident = chunks <= tiles.resident;
+  char* const code_chunks = shared + (resident ? chunks : stages) * kChunkBytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   // The next chunk to fetch.
@@ -341,12 +347,11 @@ __device__ __forceinline__ void coarse_pass(char* shared, const char* rows, cons
         fetch_chunk = 0, ++fetch_tile;
         if (resident) fetch_rows = false;
       }
-      fetch_stage = fetch_stage + 1 == kStages ? 0 : fetch_stage + 1;
+      fetch_stage = fetch_stage + 1 == stages ? 0 : fetch_stage + 1;
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fetch();
+  for (int i = 0; i < stages - 1; ++i) fetch();
 
   const int row_in = 64 * (warp % 2) + lane % 16, row_piece = lane / 16;
   const int code_in = 64 * (warp / 2) + lane % 8 + lane / 16 * 8, code_piece = lane / 8 % 2;
@@ -358,7 +363,8 @@ __device__ __forceinline__ void coarse_pass(char* shared, const char* rows, cons
 #pragma unroll
       for (int n = 0; n < 8; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      cp_async_wait<kStages - 2>();
+      if (stages == 2) cp_async_wait<0>();
+      else cp_async_wait<1>();
       __syncthreads();  // everyone's copies have landed, and the chunk before has been read
       fetch();
       const char* a_chunk = shared + (resident ? chunk : stage) * kChunkBytes;
@@ -381,7 +387,7 @@ __device__ __forceinline__ void coarse_pass(char* shared, const char* rows, cons
           }
         }
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      stage = stage + 1 == stages ? 0 : stage + 1;
     }
     epilogue(tile, acc);
   }
@@ -406,9 +412,13 @@ struct Lowest {
 };
 constexpr Lowest kNothing = {HUGE_VALF, HUGE_VALF, 0x7fffffff};
 
-// coarse_pass's accumulators into a thread's eight rows, row 2 m + i being first_row + 16 m + 8 i.
+// coarse_pass's accumulators into a thread's eight rows, row 2 m + i being first_row + 16 m + 8 i. ratio_of(r): of row r.
+template <class RatioOf>
 __device__ __forceinline__ void keep_lowest(const Accumulators& acc, const float* half_norms, int tile,
-                                            const float (&ratio)[8], Lowest (&lowest)[8]) {
+                                            const RatioOf& ratio_of, Lowest (&lowest)[8]) {
+  float ratio[8];
+#pragma unroll
+  for (int r = 0; r < 8; ++r) ratio[r] = ratio_of(r);
   const int first_code = tile * kTile + Place().first_code;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -425,24 +435,34 @@ __device__ __forceinline__ void keep_lowest(const Accumulators& acc, const float
   }
 }
 
-// For each of a block's rows, bit c of the tile where codeword c's score is not above the row's limit.
+// For each of a block's rows, bit c of the tile where codeword c's score is not above the row's limit (shared memory).
 using Survivors = unsigned[kTile][kTile / 32];
 
+template <class RatioOf>
 __device__ __forceinline__ void mark_survivors(const Accumulators& acc, const float* half_norms, int tile,
-                                               const float (&ratio)[8], const float (&limit)[8], Survivors& bits) {
+                                               const RatioOf& ratio_of, const float (&limits)[kTile],
+                                               Survivors& bits) {
   const Place place;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const int code = place.first_code + 8 * n;
-    const float2 half = *reinterpret_cast<const float2*>(half_norms + tile * kTile + code);
+  for (int word = 0; word < 2; ++word) {
+    const int code = place.first_code + 32 * word;
+    float half[8];  // of codes code, code + 1, code + 8, ...
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
+    for (int i = 0; i < 8; ++i) {
+      const float h = half_norms[tile * kTile + code + i / 2 * 8 + i % 2];
+      half[i] = h < HUGE_VALF ? h : NAN;  // never wins, even where the limit is infinite
+    }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float h = j ? half.y : half.x;
-        if (__fmaf_rn(-ratio[r], acc[r / 2][n][r % 2 * 2 + j], h) <= limit[r] && h < HUGE_VALF)
-          atomicOr(&bits[place.first_row + 8 * r][code / 32], 1u << (code % 32 + j));
+    for (int r = 0; r < 8; ++r) {
+      const float ratio = ratio_of(r), limit = limits[place.first_row + 8 * r];
+      unsigned mark = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float score = __fmaf_rn(-ratio, acc[r / 2][4 * word + i / 2][r % 2 * 2 + i % 2], half[i]);
+        if (score <= limit) mark |= 1u << (i / 2 * 8 + i % 2);
       }
+      if (mark) atomicOr(&bits[place.first_row + 8 * r][code / 32], mark << code % 32);
+    }
   }
 }
 
@@ -465,6 +485,7 @@ struct Choice {
 template <class Row, class Code>
 __device__ void compare_survivors(Survivors& bits, int tile, const Row* x, const Code* codebook, int64_t D, bool l2,
                                   Choice& choice) {
+#pragma unroll 1  // rare, and long enough once
   for (int w = 0; w < kTile / 32; ++w) {
     unsigned left = bits[threadIdx.x][w];
     bits[threadIdx.x][w] = 0;

@@ -317,9 +317,9 @@ void sort_pass(const CodewordSumsParams& p, const Plan& plan, int pass, cudaStre
                               static_cast<uint32_t>(p.N),
                               static_cast<uint32_t>(p.K),
                               static_cast<uint32_t>(plan.rows)};
-  VQK_LAUNCH(count_kernel<kFirst>, grid_size(tiles, 8), kThreads, 0, stream, source, plan.counts, tiles, shift);
-  VQK_LAUNCH(scan_kernel, grid_size(kBins / kWarps, 1), kThreads, 0, stream, plan.counts, plan.totals, tiles);
-  VQK_LAUNCH(scatter_kernel<kFirst>, grid_size(tiles, 4), kThreads, 0, stream, source, plan.counts, plan.totals,
+  VQK_LAUNCH_TASKS(count_kernel<kFirst>, tiles, kThreads, 0, stream, source, plan.counts, tiles, shift);
+  VQK_LAUNCH_TASKS(scan_kernel, kBins / kWarps, kThreads, 0, stream, plan.counts, plan.totals, tiles);
+  VQK_LAUNCH_TASKS(scatter_kernel<kFirst>, tiles, kThreads, 0, stream, source, plan.counts, plan.totals,
              plan.keys[to], plan.order[to], plan.kept, tiles, shift);
 }
 
@@ -333,12 +333,13 @@ void add(const CodewordSumsParams& p, const Plan& plan, cudaStream_t stream) {
   int columns = 2;
   while (columns < kColumns && columns * kWidth < p.D) columns *= 2;
   const int64_t tasks = plan.codes + plan.places, wide = p.D ? (p.D + columns * kWidth - 1) / (columns * kWidth) : 1;
-  const dim3 grid(grid_size(tasks, (8 + wide - 1) / wide), static_cast<unsigned>(wide));
+  const dim3 grid(grid_of(add_kernel<T>, kLanes * columns, 0, tasks, wide), static_cast<unsigned>(wide));
   VQK_LAUNCH(add_kernel<T>, grid, kLanes * columns, 0, stream, z, keys, order, plan.kept, plan.offsets, sums, p.counts,
              plan.partials, plan.codes, tasks, p.D, rows_aligned(p.D, z));
   if (plan.rows <= kPiece || p.D == 0) return;
   const int64_t narrow = (p.D + kColumns - 1) / kColumns;
-  const dim3 few(grid_size(plan.places, (8 + narrow - 1) / narrow), static_cast<unsigned>(narrow));
+  const dim3 few(grid_of(combine_kernel<wide_t<T>>, kLanes * kColumns, 0, plan.places, narrow),
+                 static_cast<unsigned>(narrow));
   VQK_LAUNCH(combine_kernel<wide_t<T>>, few, kLanes * kColumns, 0, stream, keys, plan.kept, plan.offsets, plan.partials,
              sums, p.D);
 }
@@ -361,8 +362,8 @@ const char* codeword_sums(const CodewordSumsParams& p, void* workspace, void* st
   sort_pass<true>(p, plan, 0, stream);
   for (int pass = 1; pass < plan.passes; ++pass) sort_pass<false>(p, plan, pass, stream);
   const uint32_t codes = static_cast<uint32_t>(plan.codes);
-  VQK_LAUNCH(offsets_kernel, grid_size(codes / kThreads + 1, 8), kThreads, 0, stream, plan.keys[(plan.passes - 1) % 2],
-             plan.kept, plan.offsets, codes);
+  VQK_LAUNCH_TASKS(offsets_kernel, codes / kThreads + 1, kThreads, 0, stream,
+                   plan.keys[(plan.passes - 1) % 2], plan.kept, plan.offsets, codes);
   for_dtype(p.dtype, [&](auto type) { add<decltype(type)>(p, plan, stream); });
   return launch_error();
 }

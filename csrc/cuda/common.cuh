@@ -1,4 +1,4 @@
-// What every CUDA kernel shares: 16-bit floats, warp sums, launch checks.
+// What every CUDA kernel shares: 16-bit floats, warp sums, grids, launch checks.
 #pragma once
 #include <cstdint>
 
@@ -24,17 +24,28 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 1;
+// Of the current device.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 1;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
 }
 
-// Blocks of a kernel that loops over its tasks: one a task, but no more than that many a multiprocessor.
-inline unsigned grid_size(int64_t tasks, int64_t per_multiprocessor) {
-  const int64_t limit = per_multiprocessor * multiprocessors();
-  return static_cast<unsigned>(tasks < 1 ? 1 : tasks < limit ? tasks : limit);
+// Blocks that the current device holds at a time.
+template <class Kernel>
+int64_t blocks_held(Kernel kernel, int threads, int64_t shared_bytes) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+  return static_cast<int64_t>(blocks > 1 ? blocks : 1) * attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Blocks of a kernel that loops over its tasks: one a task, but no more than the device holds, divided by `columns`, the
+// blocks of the grid's other dimension.
+template <class Kernel>
+unsigned grid_of(Kernel kernel, int threads, int64_t shared_bytes, int64_t tasks, int64_t columns = 1) {
+  const int64_t most = (blocks_held(kernel, threads, shared_bytes) + columns - 1) / columns;
+  return static_cast<unsigned>(tasks < 1 ? 1 : tasks < most ? tasks : most);
 }
 
 // Null, or why the last launch was refused.
@@ -44,3 +55,7 @@ inline const char* launch_error() {
 }
 
 }  // namespace vqk::cuda
+
+// Launches a kernel that loops over `tasks`: VQK_LAUNCH_TASKS((kernel<T, 4>), tasks, block, shared_bytes, stream, ...)
+#define VQK_LAUNCH_TASKS(kernel, tasks, block, shared_bytes, stream, ...) \
+  VQK_LAUNCH(kernel, grid_of(kernel, block, shared_bytes, tasks), block, shared_bytes, stream, __VA_ARGS__)

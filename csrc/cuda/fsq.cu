@@ -185,7 +185,7 @@ void launch(const FsqParams& p, cudaStream_t stream) {
   T* quantized = static_cast<T*>(p.quantized);
   const int64_t elements = kRows * p.d;
   const size_t shared = table.total * sizeof(R) + (elements + elements / 32) * sizeof(int32_t);
-  VQK_LAUNCH((fsq_kernel<T, kCapacity>), grid_size((p.N + kRows - 1) / kRows, 16), kThreads, shared, stream, z,
+  VQK_LAUNCH_TASKS((fsq_kernel<T, kCapacity>), (p.N + kRows - 1) / kRows, kThreads, shared, stream, z,
              quantized, p.indices, p.N, rows_aligned(elements, z, quantized), table);
 }
 
@@ -201,7 +201,7 @@ void launch_backward(const FsqBackwardParams& p, cudaStream_t stream) {
   }
   const T *z = static_cast<const T*>(p.z), *grad = static_cast<const T*>(p.grad);
   T* dz = static_cast<T*>(p.dz);
-  VQK_LAUNCH(backward_kernel<T>, grid_size((p.N + kRows - 1) / kRows, 16), kThreads, 0, stream, z, grad, dz, p.N,
+  VQK_LAUNCH_TASKS(backward_kernel<T>, (p.N + kRows - 1) / kRows, kThreads, 0, stream, z, grad, dz, p.N,
              rows_aligned(kRows * p.d, z, grad, dz), table);
 }
 

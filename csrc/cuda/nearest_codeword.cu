@@ -23,8 +23,9 @@
 // Numerics: docs/numerics.md. A coarse score chooses a winner only where the bound (vqk/error_bound.h) proves it:
 // results are bit equal to the reference whatever the arithmetic. certified = false takes the lowest coarse score.
 // Determinism: a list's order depends on the order of blocks; rows are decided one by one, so results do not.
-// Shared memory and registers planned: 16 KB a chunk, coarse.cuh; 64 to 96 KB, 232 registers, no spills: two blocks a
-// multiprocessor on sm_80, 90, 100, one on sm_120. A grid needs no more than 2^31 blocks of 128 rows.
+// Shared memory and registers planned: 48 to 96 KB by D and architecture, tiles.cuh; 240 registers, no spills: two blocks
+// a multiprocessor, one where it has 100 KB and rows more than 128 bytes. Grids of loops, and the splits, fill the
+// device once, as cudaOccupancyMaxActiveBlocksPerMultiprocessor counts. No more than 2^31 blocks of 128 rows.
 // Limits: codebooks of equal codewords, and clusters much farther from the origin than they are wide, send every row
 // to compare, and there every codeword to float64: right, and slow. GeForce cards have 1/64 of the float64 rate: there
 // the canonical distances of the winners, 3 N D operations, may take longer than the coarse pass.
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kCopyThreads, 1)
 // [splits,H,padded_N].
 template <class Arithmetic>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    coarse_kernel(const char* __restrict__ rows, CoarseCodebook codebook, const Margin* __restrict__ margins,
+    coarse_kernel(const Tiles pass, const char* __restrict__ rows, CoarseCodebook codebook, const Margin* __restrict__ margins,
                   Lowest* __restrict__ scores, int64_t H, int64_t padded_N, int64_t bytes, int share) {
   VQK_DYNAMIC_SHARED(char, shared);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -96,9 +97,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const float* half_norms = codebook.half_norms + h * codebook.padded_K;
   const int tiles = static_cast<int>(codebook.padded_K / kTile), tile = blockIdx.y * share;
   coarse_pass<Arithmetic>(
-      shared, rows + first * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, tile,
+      pass, shared, rows + first * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, tile,
       min(tile + share, tiles), [](int i) { return static_cast<int64_t>(i); },
-      [&](int at, const Accumulators& acc) { keep_lowest(acc, half_norms, at, ratio, lowest); });
+      [&](int at, const Accumulators& acc) { keep_lowest(acc, half_norms, at, [&](int r) { return ratio[r]; }, lowest); });
   Lowest* other = reinterpret_cast<Lowest*>(shared);  // of the other half of the codewords
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 // Listed rows, 128 a step: scores again, and every codeword within the row's limit is compared canonically.
 template <class Arithmetic, class T>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    compare_kernel(const T* __restrict__ z, const T* __restrict__ codewords, const char* __restrict__ rows,
+    compare_kernel(const Tiles pass, const T* __restrict__ z, const T* __restrict__ codewords, const char* __restrict__ rows,
                    CoarseCodebook codebook, const Margin* __restrict__ margins, const int* __restrict__ counts,
                    const int64_t* __restrict__ listed, const float* __restrict__ limits, int64_t* __restrict__ indices,
                    wide_t<T>* __restrict__ distances, int64_t H, int64_t N, int64_t padded_N, int64_t K, int64_t D,
@@ -178,6 +179,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   VQK_DYNAMIC_SHARED(char, shared);
   VQK_SHARED(Survivors, survivors, );
   VQK_SHARED(int64_t, row_of, [kTile]);
+  VQK_SHARED(float, row_limits, [kTile]);
   const Place place;
   const int tiles = static_cast<int>(codebook.padded_K / kTile);
   for (int w = 0; w < kTile / 32; ++w) survivors[threadIdx.x][w] = 0;
@@ -188,21 +190,18 @@ __global__ void __launch_bounds__(kTileThreads, 2)
          first += static_cast<int64_t>(gridDim.x) * kTile) {
       const int64_t n = first + threadIdx.x < count ? listed[h * N + first + threadIdx.x] : -1;
       row_of[threadIdx.x] = n < 0 ? 0 : n;
+      row_limits[threadIdx.x] = n < 0 ? -HUGE_VALF : limits[h * N + first + threadIdx.x];
       __syncthreads();
-      float ratio[8], limit[8];
+      float ratio[8];
 #pragma unroll
-      for (int r = 0; r < 8; ++r) {
-        const int i = place.first_row + 8 * r;
-        ratio[r] = margins[h * padded_N + row_of[i]].ratio;
-        limit[r] = first + i < count ? limits[h * N + first + i] : -HUGE_VALF;
-      }
+      for (int r = 0; r < 8; ++r) ratio[r] = margins[h * padded_N + row_of[place.first_row + 8 * r]].ratio;
       const T* x = z + (h * N + row_of[threadIdx.x]) * D;
       Choice choice;
       coarse_pass<Arithmetic>(
-          shared, rows + h * padded_N * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, 0, tiles,
+          pass, shared, rows + h * padded_N * bytes, codebook.copy + h * codebook.padded_K * bytes, bytes, 0, tiles,
           [&](int i) { return row_of[i]; },
           [&](int tile, const Accumulators& acc) {
-            mark_survivors(acc, half_norms, tile, ratio, limit, survivors);
+            mark_survivors(acc, half_norms, tile, [&](int r) { return ratio[r]; }, row_limits, survivors);
             __syncthreads();
             compare_survivors(survivors, tile, x, codewords + h * K * D, D, metric == Metric::l2, choice);
             __syncthreads();
@@ -257,18 +256,32 @@ struct Workspace {
   int64_t* listed;  // [H,N] rows that are not decided, and
   float* limits;    // [H,N] how high a score may be
   int64_t padded_N, copy;
+  Tiles tiles;
+  int shared;  // bytes of a block
   int share;  // tiles of codewords a block
   unsigned splits;
   int64_t bytes;
+
+  // Blocks of the first pass that the device holds.
+  template <class Arithmetic>
+  int64_t held(int64_t D) const {
+    if constexpr (Arithmetic::kTensorCores) {
+      allow_shared(coarse_kernel<Arithmetic>, shared);
+      return blocks_held(coarse_kernel<Arithmetic>, kTileThreads, shared);
+    } else {
+      return D <= 8 ? blocks_held(few_kernel<8>, kFewThreads, 0) : blocks_held(few_kernel<16>, kFewThreads, 0);
+    }
+  }
 
   template <class Arithmetic>
   void take(const NearestCodewordParams& p, Scratch& scratch) {
     constexpr int64_t kRows = Arithmetic::kTensorCores ? kTile : kFewRows * kFewThreads;  // of a block
     padded_N = round_up(p.N, kTile), copy = copy_bytes<Arithmetic>(p.D);
-    const int64_t tiles = (p.K + kTile - 1) / kTile, blocks = p.H * ((padded_N + kRows - 1) / kRows);
-    const int64_t wanted = (2 * multiprocessors() + blocks - 1) / blocks;  // splits, to have two blocks each
-    share = static_cast<int>((tiles + wanted - 1) / wanted);
-    splits = static_cast<unsigned>((tiles + share - 1) / share);
+    tiles = device_tiles(), shared = tiles.chunks(chunks_of(copy)) * kChunkBytes;
+    const int64_t code_tiles = (p.K + kTile - 1) / kTile, blocks = p.H * ((padded_N + kRows - 1) / kRows);
+    const int64_t wanted = (held<Arithmetic>(p.D) + blocks - 1) / blocks;  // splits, to fill the device
+    share = static_cast<int>((code_tiles + wanted - 1) / wanted);
+    splits = static_cast<unsigned>((code_tiles + share - 1) / share);
     codebook = take_codebook<Arithmetic>(scratch, p.H, p.K, p.D);
     rows = scratch.take<char>(p.H * padded_N * copy);
     margins = scratch.take<Margin>(p.H * padded_N);
@@ -304,44 +317,39 @@ struct Search {
 
   void scan() const {
     const int64_t rows = p.H * p.N;
-    VQK_LAUNCH(scan_kernel<T>, grid_size((rows + 3) / 4, 16), kScanThreads, 0, stream, z, codebook, p.mask, p.indices,
-               distances, rows, p.N, p.K, p.D, p.metric);
+    VQK_LAUNCH_TASKS(scan_kernel<T>, (rows + 3) / 4, kScanThreads, 0, stream, z, codebook, p.mask, p.indices, distances,
+                     rows, p.N, p.K, p.D, p.metric);
   }
 
   template <class Arithmetic>
   void copy() const {
     const bool l2 = p.metric == Metric::l2;
     copy_codebook<Arithmetic, T>(codebook, w.codebook, p.H, p.K, p.D, l2, stream);
-    VQK_LAUNCH((copy_rows_kernel<Arithmetic, T>), copy_grid(p.H, w.padded_N), kCopyThreads, 0, stream, z, p.mask,
-               w.codebook.largest, w.rows, w.margins, p.H, p.N, w.padded_N, p.D, l2);
+    VQK_LAUNCH((copy_rows_kernel<Arithmetic, T>), copy_grid(copy_rows_kernel<Arithmetic, T>, p.H, w.padded_N),
+               kCopyThreads, 0, stream, z, p.mask, w.codebook.largest, w.rows, w.margins, p.H, p.N, w.padded_N, p.D,
+               l2);
   }
 
   void select() const {
     cudaMemsetAsync(w.counts, 0, p.H * sizeof(int), stream);
-    VQK_LAUNCH(select_kernel<T>, grid_size(p.H * w.padded_N / kSelectThreads, 16), kSelectThreads, 0, stream, z,
-               codebook, p.mask, w.margins, w.scores, static_cast<int>(w.splits), w.counts, w.listed, w.limits,
+    VQK_LAUNCH_TASKS(select_kernel<T>, p.H * w.padded_N / kSelectThreads, kSelectThreads, 0, stream, z, codebook, p.mask,
+                     w.margins, w.scores, static_cast<int>(w.splits), w.counts, w.listed, w.limits,
                p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, p.metric, p.certified);
-  }
-
-  // Blocks (steps of the list, heads) of a kernel that walks the lists: their lengths are not known here.
-  dim3 list_grid(int64_t steps) const {
-    const unsigned heads = static_cast<unsigned>(p.H < 65535 ? p.H : 65535);
-    return {grid_size(steps, 2 / heads + 1), heads};
   }
 
   void on_tensor_cores() const {
     using Arithmetic = typename ArithmeticOf<T>::type;
     copy<Arithmetic>();
-    const int shared = pass_shared_bytes(w.copy);
-    allow_shared(coarse_kernel<Arithmetic>, shared);
     const dim3 grid(static_cast<unsigned>(p.H * w.padded_N / kTile), w.splits);
-    VQK_LAUNCH(coarse_kernel<Arithmetic>, grid, kTileThreads, shared, stream, w.rows, w.codebook, w.margins, w.scores,
-               p.H, w.padded_N, w.copy, w.share);
+    VQK_LAUNCH(coarse_kernel<Arithmetic>, grid, kTileThreads, w.shared, stream, w.tiles, w.rows, w.codebook, w.margins,
+               w.scores, p.H, w.padded_N, w.copy, w.share);
     select();
-    allow_shared((compare_kernel<Arithmetic, T>), shared);
-    VQK_LAUNCH((compare_kernel<Arithmetic, T>), list_grid(w.padded_N / kTile), kTileThreads, shared, stream, z,
-               codebook, w.rows, w.codebook, w.margins, w.counts, w.listed, w.limits, p.indices, distances, p.H, p.N, w.padded_N,
-               p.K, p.D, w.copy, p.metric);
+    const auto compare = compare_kernel<Arithmetic, T>;
+    allow_shared(compare, w.shared);
+    // the lengths of the lists are not known here
+    VQK_LAUNCH((compare_kernel<Arithmetic, T>), grid_of_heads(compare, kTileThreads, w.shared, w.padded_N / kTile, p.H),
+               kTileThreads, w.shared, stream, w.tiles, z, codebook, w.rows, w.codebook, w.margins, w.counts, w.listed,
+               w.limits, p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, w.copy, p.metric);
   }
 
   template <int kFeatures>
@@ -353,9 +361,9 @@ struct Search {
     VQK_LAUNCH(few_kernel<kFeatures>, grid, kFewThreads, 0, stream, rows, w.codebook, w.margins, w.scores, p.H,
                w.padded_N, w.share);
     select();
-    VQK_LAUNCH(few_compare_kernel<T>, list_grid((p.N + 3) / 4), kFewThreads, 0, stream, z, codebook, rows, w.codebook,
-               w.margins, w.counts, w.listed, w.limits, p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, kFeatures,
-               p.metric);
+    VQK_LAUNCH(few_compare_kernel<T>, grid_of_heads(few_compare_kernel<T>, kFewThreads, 0, (p.N + 3) / 4, p.H),
+               kFewThreads, 0, stream, z, codebook, rows, w.codebook, w.margins, w.counts, w.listed, w.limits,
+               p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, kFeatures, p.metric);
   }
 
   void run() const {

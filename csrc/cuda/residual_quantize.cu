@@ -13,10 +13,11 @@
 //             +---- residual - c <-- index
 //       after the last level: quantized from the indices; valid rows and squared residuals of the block
 //   losses    (level)  adds the blocks' sums
-//   scan      instead of copy and levels, where there is little work or too little shared memory (D > 128 on sm_86, 89,
-//             120): one warp a row, every codeword canonically
+//   scan      instead of copy and levels, where there is little work or no bound: one warp a row, every codeword
+//             canonically
 //
-// The fp16 copy stays in shared memory while a codebook streams by (D <= 128; longer rows are fetched with each tile).
+// The fp16 copy stays in shared memory while a codebook streams by (to D = 128 or 192, tiles.cuh; longer rows are fetched
+// with each tile).
 // The residual itself, float (double for double), lies in memory that no other block touches (float, double: in the
 // place of quantized): a block writes and reads it once a level, so it stays in the caches.
 //
@@ -27,8 +28,8 @@
 // (docs/numerics.md). fp16 for every dtype: scaled to its own exponent a residual keeps 11 bits at any level.
 // Subtractions and additions are one IEEE operation an element. Losses add squares in double.
 // Determinism: no atomics but of bits; sums in a fixed order: the same on every run.
-// Shared memory and registers planned: 4 to 6 chunks of 16 KB and 5 KB; up to 254 registers, no spills: two blocks a
-// multiprocessor on sm_80, 90, 100 (one on sm_120).
+// Shared memory and registers planned: 3 to 6 chunks of 16 KB and 5.5 KB; up to 254 registers, no spills: two blocks a
+// multiprocessor, one where it has 100 KB (sm_86, 89, 120).
 // Limits: as nearest_codeword's; rows alone make blocks, so fewer than 128 x 2 x multiprocessors rows leave some idle.
 // Compiled, not run: timings and tuning are open.
 #include "coarse.cuh"
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 // in shared memory; squares [Q,H,N]; sums [Q,blocks]; counts [blocks].
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    levels_kernel(const T* z, const Level* __restrict__ levels, const bool* __restrict__ mask, wide_t<T>* residual,
+    levels_kernel(const Tiles pass, const T* z, const Level* __restrict__ levels, const bool* __restrict__ mask, wide_t<T>* residual,
                   wide_t<T>* unit, char* copies, int64_t* indices, T* quantized, double* squares, double* sums,
                   int64_t* counts, int64_t H, int64_t N, int64_t Q, int64_t D, Metric metric) {
   using A = wide_t<T>;
@@ -131,16 +132,18 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   VQK_SHARED(Margin, margins, [kTile]);
   VQK_SHARED(float, limits, [kTile]);
   VQK_SHARED(int64_t, chosen, [kTile]);  // index of the level, -1: the row is out
+  VQK_SHARED(double, values, [kTile]);   // the rest of a row's Choice
+  VQK_SHARED(bool, hopeless, [kTile]);
   const Place place;
   const unsigned blocks = static_cast<unsigned>((N + kTile - 1) / kTile);
   const int64_t h = blockIdx.x / blocks, first = static_cast<int64_t>(blockIdx.x % blocks) * kTile;
   const int64_t bytes = copy_bytes<Fp16>(D), base = h * N + first, left = N - first;
   const int here = static_cast<int>(left < kTile ? left : kTile);  // rows
-  const bool l2 = metric == Metric::l2, cosine = metric == Metric::cosine, resident = bytes <= kResidentChunks * kTile;
+  const bool l2 = metric == Metric::l2, cosine = metric == Metric::cosine, resident = chunks_of(bytes) <= pass.resident;
   const int group = threadIdx.x / 8, in_group = threadIdx.x % 8;  // eight lanes a row, wherever features are walked
   const A* const x = cosine ? unit : residual;
   char* const copy = copies + static_cast<int64_t>(blockIdx.x) * kTile * bytes;
-  Lowest* const lanes = reinterpret_cast<Lowest*>(shared + pass_shared_bytes(bytes) - kStages * kChunkBytes);
+  Lowest* const lanes = reinterpret_cast<Lowest*>(shared + (pass.chunks(chunks_of(bytes)) - pass.stages) * kChunkBytes);
   for (int w = 0; w < kTile / 32; ++w) survivors[threadIdx.x][w] = 0;
 
   for (int i = group; i < kTile; i += kTileThreads / 8) {
@@ -172,64 +175,73 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
     __syncthreads();
 
-    float ratio[8];
     Lowest lowest[8];
 #pragma unroll
-    for (int r = 0; r < 8; ++r) ratio[r] = margins[place.first_row + 8 * r].ratio, lowest[r] = kNothing;
+    for (int r = 0; r < 8; ++r) lowest[r] = kNothing;
+    auto ratio_of = [&](int r) { return margins[place.first_row + 8 * r].ratio; };
     auto at = [](int i) { return static_cast<int64_t>(i); };
     const char* const rows = resident ? nullptr : copy;
-    coarse_pass<Fp16>(
-        shared, rows, codes, bytes, 0, tiles, at,
-        [&](int tile, const Accumulators& acc) { keep_lowest(acc, half_norms, tile, ratio, lowest); });
-#pragma unroll
-    for (int r = 0; r < 8; ++r)
-      lanes[(place.first_row + 8 * r) * kLanes + threadIdx.x / 64 * 4 + threadIdx.x % 4] = lowest[r];
-    __syncthreads();
-
-    // Row threadIdx.x: decided, or its lanes' best compared, or scored again because a lane hides another.
+    // compare(choice so far of row threadIdx.x, the row, the codewords, whether by l2). The choice lies in shared memory:
+    // beside the products there are no registers for it.
     const int row = threadIdx.x;
-    const float margin = margins[row].margin;
-    float best = HUGE_VALF, second = HUGE_VALF;
-    for (int i = 0; i < kLanes; ++i) {
-      best = fminf(best, lanes[row * kLanes + i].best);
-      second = fminf(second, lanes[row * kLanes + i].second);
-    }
-    const bool alive = margin >= 0 && best < HUGE_VALF;
-    const bool hidden = alive && second < HUGE_VALF && second - best <= margin;
-    int near = 0;
-    int64_t last = -1;
-    for (int i = 0; i < kLanes && alive; ++i) {
-      const Lowest& lane = lanes[row * kLanes + i];
-      if (lane.best < HUGE_VALF && lane.best - best <= margin) ++near, last = lane.index;
-    }
-    Choice choice;
-    choice.index = alive && !hidden && near == 1 ? last : -1;
-    const T* codewords = static_cast<const T*>(levels[l].codebook) + h * levels[l].K * D;
-    const A* units = static_cast<const A*>(levels[l].unit) + (cosine ? h * levels[l].K * D : 0);
-    const A* mine = x + (base + row) * D;
-    for (int i = 0; i < kLanes && near > 1 && !hidden; ++i) {
-      const Lowest& lane = lanes[row * kLanes + i];
-      if (!(lane.best < HUGE_VALF && lane.best - best <= margin)) continue;
-      if (cosine) choice.compare(mine, units, lane.index, D, false);
-      else choice.compare(mine, codewords, lane.index, D, l2);
-    }
-    limits[row] = hidden ? best + margin : -HUGE_VALF;
-    if (__syncthreads_or(hidden)) {
-      float limit[8];
-#pragma unroll
-      for (int r = 0; r < 8; ++r) limit[r] = limits[place.first_row + 8 * r];
-      coarse_pass<Fp16>(shared, rows, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
-        mark_survivors(acc, half_norms, tile, ratio, limit, survivors);
+    auto with_choice = [&](const auto& compare) {
+      Choice choice{values[row], chosen[row], hopeless[row]};
+      const A* mine = x + (base + row) * D;
+      const int64_t from = h * levels[l].K * D;
+      if (cosine) compare(choice, mine, static_cast<const A*>(levels[l].unit) + from, false);
+      else compare(choice, mine, static_cast<const T*>(levels[l].codebook) + from, l2);
+      values[row] = choice.value, chosen[row] = choice.index, hopeless[row] = choice.hopeless;
+    };
+#pragma unroll 1  // the products' code is long: once is enough
+    for (bool again = false;; again = true) {
+      coarse_pass<Fp16>(pass, shared, rows, codes, bytes, 0, tiles, at, [&](int tile, const Accumulators& acc) {
+        if (!again) return keep_lowest(acc, half_norms, tile, ratio_of, lowest);
+        mark_survivors(acc, half_norms, tile, ratio_of, limits, survivors);
         __syncthreads();
-        if (cosine) compare_survivors(survivors, tile, mine, units, D, false, choice);
-        else compare_survivors(survivors, tile, mine, codewords, D, l2, choice);
+        with_choice([&](Choice& choice, const A* mine, const auto* codewords, bool by_l2) {
+          compare_survivors(survivors, tile, mine, codewords, D, by_l2, choice);
+        });
         __syncthreads();
       });
+      if (again) break;
+#pragma unroll
+      for (int r = 0; r < 8; ++r)
+        lanes[(place.first_row + 8 * r) * kLanes + threadIdx.x / 64 * 4 + threadIdx.x % 4] = lowest[r];
+      __syncthreads();
+
+      // Row threadIdx.x: decided, or its lanes' best compared, or scored again because a lane hides another.
+      const float margin = margins[row].margin;
+      float best = HUGE_VALF, second = HUGE_VALF;
+      for (int i = 0; i < kLanes; ++i) {
+        best = fminf(best, lanes[row * kLanes + i].best);
+        second = fminf(second, lanes[row * kLanes + i].second);
+      }
+      const bool alive = margin >= 0 && best < HUGE_VALF;
+      const bool hidden = alive && second < HUGE_VALF && second - best <= margin;
+      int near = 0;
+      int64_t last = -1;
+      for (int i = 0; i < kLanes && alive; ++i) {
+        const Lowest& lane = lanes[row * kLanes + i];
+        if (lane.best < HUGE_VALF && lane.best - best <= margin) ++near, last = lane.index;
+      }
+      values[row] = HUGE_VAL, chosen[row] = near == 1 && !hidden ? last : -1, hopeless[row] = false;
+      if (near > 1 && !hidden)
+        with_choice([&](Choice& choice, const A* mine, const auto* codewords, bool by_l2) {
+#pragma unroll 1  // rare, and long enough once
+          for (int i = 0; i < kLanes; ++i) {
+            const Lowest& lane = lanes[row * kLanes + i];
+            if (lane.best < HUGE_VALF && lane.best - best <= margin)
+              choice.compare(mine, codewords, lane.index, D, by_l2);
+          }
+        });
+      limits[row] = hidden ? best + margin : -HUGE_VALF;
+      if (!__syncthreads_or(hidden)) break;
     }
-    chosen[row] = choice.hopeless ? -1 : choice.index;
+    if (hopeless[row]) chosen[row] = -1;
     if (row < here) indices[(base + row) * Q + l] = chosen[row];
     __syncthreads();
 
+    const T* codewords = static_cast<const T*>(levels[l].codebook) + h * levels[l].K * D;
     for (int i = group; i < kTile; i += kTileThreads / 8) {
       double square = 0;
       const int64_t k = chosen[i];
@@ -302,21 +314,16 @@ __global__ void __launch_bounds__(kLossThreads)
   if (blockIdx.x == 0) *valid = rows;
 }
 
-// A scan where there is little work, no bound, or too little shared memory for a block of levels_kernel: on chips with
-// 99 KB (sm_86, sm_89, sm_120) where rows do not stay there, D > 128. Else the coarse pass.
+// A scan where there is little work or no bound, else the coarse pass.
 bool scans(const ResidualQuantizeParams& p) {
   int64_t codes = 0;
   for (int64_t l = 0; l < p.Q; ++l) codes += p.K[l];
-  if (p.N * codes * p.D <= kScanWork || p.D > kMaxFeatures) return true;
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int own = sizeof(Survivors) + kTile * (sizeof(Margin) + sizeof(float) + sizeof(int64_t));
-  return pass_shared_bytes(copy_bytes<Fp16>(p.D)) + own > most;
+  return p.N * codes * p.D <= kScanWork || p.D > kMaxFeatures;
 }
 
 struct Workspace {
   bool scan;
+  Tiles tiles;
   int64_t parts;  // of the rows: those of a block, or each
   Level* levels;
   void* residual;  // [H,N,D] float (double for f64), as is
@@ -326,13 +333,13 @@ struct Workspace {
   int64_t* counts;         // [parts]
   Scratch scratch;
 
-  Workspace(const ResidualQuantizeParams& p, void* base) : scan(scans(p)), scratch(base) {
+  Workspace(const ResidualQuantizeParams& p, void* base) : scan(scans(p)), tiles(device_tiles()), scratch(base) {
     const int64_t rows = p.H * p.N, blocks = p.H * ((p.N + kTile - 1) / kTile), bytes = copy_bytes<Fp16>(p.D);
     parts = scan ? rows : blocks;
     levels = scratch.take<Level>(p.Q);
     residual = dtype_size(p.dtype) > 2 ? p.quantized : scratch.take<float>(rows * p.D);
     unit = scratch.take<char>(unit_size(p) * rows * p.D);
-    copies = scratch.take<char>(scan || bytes <= kResidentChunks * kTile ? 0 : blocks * kTile * bytes);
+    copies = scratch.take<char>(scan || chunks_of(bytes) <= tiles.resident ? 0 : blocks * kTile * bytes);
     squares = scratch.take<double>(scan ? 0 : p.Q * rows);
     sums = scratch.take<double>(p.Q * parts);
     counts = scratch.take<int64_t>(parts);
@@ -381,13 +388,12 @@ void run(const ResidualQuantizeParams& p, void* workspace, cudaStream_t stream) 
   A *residual = static_cast<A*>(w.residual), *unit = static_cast<A*>(w.unit);
   T* quantized = static_cast<T*>(p.quantized);
   if (rows > 0 && w.scan) {
-    VQK_LAUNCH(scan_kernel<T>, grid_size((rows + 3) / 4, 16), kScanThreads, 0, stream, z, w.levels, p.mask, residual,
-               unit, p.indices, quantized, w.sums, w.counts, rows, p.N, p.Q, p.D, p.metric);
+    VQK_LAUNCH_TASKS(scan_kernel<T>, (rows + 3) / 4, kScanThreads, 0, stream, z, w.levels, p.mask, residual, unit, p.indices, quantized, w.sums, w.counts, rows, p.N, p.Q, p.D, p.metric);
   } else if (rows > 0) {
-    const int shared = pass_shared_bytes(copy_bytes<Fp16>(p.D));
+    const int shared = w.tiles.chunks(chunks_of(copy_bytes<Fp16>(p.D))) * kChunkBytes;
     allow_shared(levels_kernel<T>, shared);
-    VQK_LAUNCH(levels_kernel<T>, static_cast<unsigned>(w.parts), kTileThreads, shared, stream, z, w.levels, p.mask,
-               residual, unit, w.copies, p.indices, quantized, w.squares, w.sums, w.counts, p.H, p.N, p.Q, p.D,
+    VQK_LAUNCH(levels_kernel<T>, static_cast<unsigned>(w.parts), kTileThreads, shared, stream, w.tiles, z, w.levels,
+               p.mask, residual, unit, w.copies, p.indices, quantized, w.squares, w.sums, w.counts, p.H, p.N, p.Q, p.D,
                p.metric);
   }
   VQK_LAUNCH(losses_kernel<A>, static_cast<unsigned>(p.Q), kLossThreads, 0, stream, w.sums, w.counts,

@@ -193,14 +193,14 @@ void launch(const ResidualQuantizeBackwardParams& p, cudaStream_t stream) {
     aligned = aligned && rows_aligned(p.D, static_cast<const T*>(p.codebooks[l]));
   }
   constexpr int kRows = block_warps(kRowWarps) / kRowWarps, kThreads = 32 * block_warps(kRowWarps);
-  const unsigned grid = grid_size((p.H * p.N + kRows - 1) / kRows, 16);
+  const int64_t tasks = (p.H * p.N + kRows - 1) / kRows;
   const R* scale = static_cast<const R*>(p.commitment_scale);
   const int Q = static_cast<int>(p.Q), D = static_cast<int>(p.D);
   if (p.per_level)
-    VQK_LAUNCH((backward_kernel<T, kRowWarps, true>), grid, kThreads, 0, stream, z, p.indices, grad, scale, dz,
+    VQK_LAUNCH_TASKS((backward_kernel<T, kRowWarps, true>), tasks, kThreads, 0, stream, z, p.indices, grad, scale, dz,
                p.H, p.N, Q, D, p.estimator, aligned, books);
   else
-    VQK_LAUNCH((backward_kernel<T, kRowWarps, false>), grid, kThreads, 0, stream, z, p.indices, grad, scale,
+    VQK_LAUNCH_TASKS((backward_kernel<T, kRowWarps, false>), tasks, kThreads, 0, stream, z, p.indices, grad, scale,
                dz, p.H, p.N, Q, D, p.estimator, aligned, books);
 }
 

@@ -82,10 +82,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int kWidth, int kPieces>
 void launch(const RotationTrickBackwardParams& p, int64_t pieces, cudaStream_t stream) {
-  const int64_t blocks = (p.N + kThreads / 32 - 1) / (kThreads / 32), limit = 16ll * multiprocessors();
-  VQK_LAUNCH((backward_kernel<T, kWidth, kPieces>), static_cast<unsigned>(blocks < limit ? blocks : limit), kThreads, 0,
-             stream, static_cast<const T*>(p.z), static_cast<const T*>(p.q), static_cast<const T*>(p.grad),
-             static_cast<T*>(p.dz), p.N, pieces, p.estimator);
+  VQK_LAUNCH_TASKS((backward_kernel<T, kWidth, kPieces>), (p.N + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0,
+                   stream, static_cast<const T*>(p.z), static_cast<const T*>(p.q), static_cast<const T*>(p.grad),
+                   static_cast<T*>(p.dz), p.N, pieces, p.estimator);
 }
 
 template <class T>

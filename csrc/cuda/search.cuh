@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kNormalizeThreads)
 
 template <class T>
 void normalize(const void* x, void* out, int64_t rows, int64_t D, cudaStream_t stream) {
-  VQK_LAUNCH(normalize_kernel<T>, grid_size((rows + kNormalizeThreads - 1) / kNormalizeThreads, 16), kNormalizeThreads,
-             0, stream, static_cast<const T*>(x), static_cast<wide_t<T>*>(out), rows, D);
+  VQK_LAUNCH_TASKS(normalize_kernel<T>, (rows + kNormalizeThreads - 1) / kNormalizeThreads, kNormalizeThreads, 0,
+                   stream, static_cast<const T*>(x), static_cast<wide_t<T>*>(out), rows, D);
 }
 
 }  // namespace vqk::cuda

@@ -263,9 +263,9 @@ void launch(const TrieTopkParams& p, void* workspace, cudaStream_t stream) {
   const T* logits = static_cast<const T*>(p.logits);
   const R* scores = static_cast<const R*>(p.scores);
   const int64_t rows = p.B * p.W;
-  VQK_LAUNCH(beam_kernel<T>, grid_size((rows + kBeamWarps - 1) / kBeamWarps, 16), kBeamThreads, 0, stream, logits,
+  VQK_LAUNCH_TASKS(beam_kernel<T>, (rows + kBeamWarps - 1) / kBeamWarps, kBeamThreads, 0, stream, logits,
              scores, p.states, p.row_offsets, beams, rows, p.V, p.S, rows_aligned(p.V, logits));
-  VQK_LAUNCH(user_kernel<T>, grid_size(p.B, 8), kThreads, 0, stream, logits, beams, p.edge_tokens, p.edge_children,
+  VQK_LAUNCH_TASKS(user_kernel<T>, p.B, kThreads, 0, stream, logits, beams, p.edge_tokens, p.edge_children,
              totals, places, static_cast<R*>(p.out_scores), p.out_beams, p.out_tokens, p.out_states, p.B, p.W, p.V,
              p.k);
 }

@@ -114,7 +114,7 @@ std::string make_call(Reader* reader, std::string* outputs) {
   const std::string op = reader->text();
   const unsigned seed = static_cast<unsigned>(reader->integer());
   const int runs = static_cast<int>(reader->integer());
-  settings.major = static_cast<int>(reader->integer());
+  settings.capability = static_cast<int>(reader->integer());
   settings.rough = reader->integer();
   const auto function = functions().find(op);
   if (function == functions().end()) return "there is no call of " + op + " in this program";
@@ -125,6 +125,7 @@ std::string make_call(Reader* reader, std::string* outputs) {
     settings.early = run % 2;
     settings.multiprocessors = 1 + static_cast<int>(settings.seed % 3);
     *reader = start;
+    another_device();
     Call call = reader->call();
     const std::string before = inputs_of(call);
     const char* const refused = function->second(call);

@@ -69,6 +69,7 @@ Scheduler scheduler;
 std::mt19937 random_numbers;
 unsigned char* arena;
 size_t arena_used;
+int64_t static_left;
 std::map<const Place*, void*> variables;
 std::vector<char*> free_stacks, used_stacks;
 std::vector<void*> used_arenas;
@@ -296,6 +297,7 @@ void begin_block(uint3 block) {
   std::memset(arena, 0xff, size);
   used_arenas.push_back(arena);
   arena_used = launch.shared_bytes;
+  static_left = launch.static_left;
 #ifdef VQK_ASAN
   ASAN_POISON_MEMORY_REGION(arena + launch.shared_bytes, size - launch.shared_bytes);
 #endif
@@ -405,8 +407,10 @@ void* shared_variable(const Place* place, size_t bytes) {
   void*& variable = variables[place];
   if (!variable) {
     const size_t at = (arena_used + kRedZone + 127) / 128 * 128;
-    if (at + bytes > running->shared_bytes + kStaticShared + 32 * kRedZone)
-      fail("%s:%d: more than 48 KiB of static shared memory", place->file, place->line);
+    static_left -= static_cast<int64_t>((bytes + 15) / 16 * 16);
+    if (static_left < 0 || at + bytes > running->shared_bytes + kStaticShared + 64 * kRedZone)
+      fail("%s:%d: %s is more than the device has left for static shared memory, beside %zu dynamic bytes", place->file,
+           place->line, place->what, running->shared_bytes);
     variable = arena + at;
     arena_used = at + bytes;
 #ifdef VQK_ASAN

@@ -8,7 +8,7 @@
 //   cp.async         lands when its group is waited for, or at once (settings.early): both must give the same
 //   order            random blocks, warps and lanes; TSan sees no order but barriers, __syncwarp and the launch's end
 //   tensor cores     float32 sums, or as bad as they are said to be (settings.rough)
-//   launches         refused as a device would refuse them: threads, shared memory, empty grids
+//   launches         refused as a device would refuse them: threads, empty grids, dynamic and static shared memory
 //   host functions   those that a launcher may call; a missing one (cudaMalloc, any synchronisation) does not link
 //
 // Not here: textures, clusters, TMA, wgmma, grid-wide barriers, inline assembly outside ptx.cuh, and time.
@@ -51,7 +51,8 @@ struct Settings {
   unsigned seed = 1;
   bool early = false;  // background copies land at once
   bool rough = false;  // tensor cores round as badly as they may
-  int multiprocessors = 2, major = 8, minor = 0;
+  int multiprocessors = 2;
+  int capability = 80;  // 80 for 8.0
 };
 extern Settings settings;
 
@@ -103,9 +104,11 @@ struct Launch {
   const size_t* sizes;
   void (*body)(void*);
   void* context;
+  int64_t static_left = 0;  // bytes that dynamic shared memory leaves for static variables; launch() sets it
 };
 constexpr int kStaticShared = 48 << 10;         // what a kernel may use without asking
-void launch(const Launch&);                     // remembers a refusal, as the device would
+void another_device();                          // forgets what launchers have asked of the last one
+void launch(Launch);                            // remembers a refusal, as the device would
 void run(const Launch&);                        // on fibers
 extern void (*launch_instead)(const Launch&);   // if not null, takes the place of `run`
 void list_kernel(const char* type_name);

@@ -16,6 +16,7 @@ enum Bug : int {
   kSharedNotAtomic,
   kGlobalNotAtomic,
   kDivergentBarrier,
+  kTooMuchShared,      // static and dynamic shared memory together are more than a block may have
   kBugs
 };
 
@@ -83,7 +84,9 @@ __global__ void __launch_bounds__(64) products(const __nv_bfloat16* x, const __n
 // counts[k] += how many of the codes are k; there are four times as many as rows
 template <int bug>
 __global__ void __launch_bounds__(128) count(const int* codes, int* counts, int N, int K) {
-  VQK_DYNAMIC_SHARED(int, bins);
+  VQK_DYNAMIC_SHARED(int, dynamic);
+  VQK_SHARED(int, more, [bug == kTooMuchShared ? 12288 : 1]);
+  int* const bins = bug == kTooMuchShared ? more : dynamic;
   for (int k = threadIdx.x; k < K; k += 128) bins[k] = 0;
   if (bug == kDivergentBarrier) {
     if (threadIdx.x < 64) __syncthreads();

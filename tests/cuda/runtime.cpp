@@ -1,5 +1,5 @@
 // The part of the CUDA runtime that a launcher may call, on an emulated device: what would have to wait for the device,
-// or could not be captured in a CUDA graph, is not here and does not link.
+// or could not be captured in a CUDA graph, is not here and does not link. settings.capability says what the device is.
 #include <cstdio>
 #include <map>
 #include <set>
@@ -36,11 +36,26 @@ cudaError_t refusal(const Launch& l) {
   return l.shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-int shared_of_multiprocessor() { return (settings.major == 8 ? 164 : settings.major == 12 ? 100 : 228) << 10; }
+// Of a multiprocessor. A block may have all of its shared memory but 1 KB.
+struct Multiprocessor {
+  int shared_kb, threads;
+};
+const Multiprocessor& multiprocessor() {
+  static const std::map<int, Multiprocessor> all = {{80, {164, 2048}}, {86, {100, 1536}},  {89, {100, 1536}},
+                                                    {90, {228, 2048}}, {100, {228, 2048}}, {120, {100, 1536}}};
+  if (!all.count(settings.capability)) fail("no device of compute capability %d is emulated", settings.capability);
+  return all.at(settings.capability);
+}
+int shared_of_multiprocessor() { return multiprocessor().shared_kb << 10; }
 
 }  // namespace
 
 void (*launch_instead)(const Launch&);
+
+void another_device() {
+  shared_allowed.clear();
+  last_error = cudaSuccess;
+}
 
 void list_kernel(const char* type_name) { listed().insert(type_name); }
 
@@ -51,9 +66,12 @@ std::vector<std::string> kernels_never_launched() {
   return names;
 }
 
-void launch(const Launch& l) {
+void launch(Launch l) {
   if (remember(refusal(l)) != cudaSuccess) return;
   launched.insert(l.type_name);
+  const auto asked = shared_allowed.find(l.function);
+  l.static_left = asked == shared_allowed.end() ? kStaticShared - static_cast<int64_t>(l.shared_bytes)
+                                                : shared_of_multiprocessor() - 1024 - asked->second;
   if (launch_instead) launch_instead(l);
   else run(l);
 }
@@ -74,12 +92,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int shared = vqk::emulator::shared_of_multiprocessor();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = settings.multiprocessors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = settings.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = settings.minor; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = settings.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = settings.capability % 10; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared - 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = vqk::emulator::kStaticShared; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = settings.major == 12 ? 1536 : 2048; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = vqk::emulator::multiprocessor().threads; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
@@ -98,9 +116,15 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  const int by_threads = 2048 / std::max(threads, 32);
-  const int by_shared = vqk::emulator::shared_of_multiprocessor() / static_cast<int>(shared_bytes + 1024);
+// No more than two, so that loops over tasks go round more than once; registers and static shared memory do not count.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared_bytes) {
+  using namespace vqk::emulator;
+  const auto found = shared_allowed.find(function);
+  const size_t allowed = found == shared_allowed.end() ? kStaticShared : std::max<size_t>(kStaticShared, found->second);
+  if (shared_bytes > allowed) return *blocks = 0, remember(cudaErrorInvalidValue);
+  const int by_threads = multiprocessor().threads / std::max(threads, 32);
+  const int by_shared = shared_of_multiprocessor() / static_cast<int>(shared_bytes + 1024);
   *blocks = std::min({by_threads, by_shared, 2});
   return cudaSuccess;
 }

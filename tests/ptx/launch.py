@@ -103,11 +103,18 @@ def run_ptx(
 
 
 def run_entry(
-    ptx: str, name: str | None, grid, block, values: list, allocations, *, shared: int = 0, racecheck=False, seed=0
-) -> Launch:
+    ptx: str, name: str | None, grid, block, values: list, allocations, *, shared: int = 0, static_left: int | None = None,
+    racecheck=False, seed=0,
+) -> Launch:  # fmt: skip
     """run_ptx for memory that belongs to no tensor: ``allocations`` are (name, address, its bytes as uint8 array), which
-    must not overlap; ``values`` may be bytes, as they stand in the parameter."""
+    must not overlap; ``values`` may be bytes, as they stand in the parameter. ``static_left``: bytes that the device has
+    for static shared memory, beside the ``shared`` dynamic ones."""
     program = _program(ptx, name)
+    static = program.kernel.static_shared
+    if static_left is not None and static > static_left:
+        raise PtxError(
+            f"{program.kernel.name} has {static} bytes of static shared memory, the device has {static_left} left"
+        )
     allocations = list(allocations)
     allocations += [(k, b.ctypes.data, b) for k, b in program.constant_buffers.items() if b.size]
     if len(values) > len(program.kernel.params):

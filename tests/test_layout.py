@@ -15,10 +15,10 @@ FLOORS = [
     {"layers", "compat", "bench"},
     {"models"},
     {"semantic_ids"},
-    {"recommend"},
+    {"recommend", "images"},
     {"cli"},
 ]
-GROUND = {"data", "numpy", "_native", "__version__"}
+GROUND = {"data", "pages", "numpy", "_native", "__version__"}
 
 
 def floor_of(part: str) -> int | None:

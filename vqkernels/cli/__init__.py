@@ -12,7 +12,21 @@ try:
 except ImportError:
     sys.exit("The vqkernels command needs typer and rich. Run: pip install 'vqkernels[cli]'")
 
-COMMANDS = ("info", "verify", "bench", "tune", "demo", "compare", "tokenize", "recommend", "report")
+COMMANDS = (
+    "info",
+    "verify",
+    "bench",
+    "tune",
+    "demo",
+    "compare",
+    "compare-codebooks",
+    "tokenize",
+    "recommend",
+    "report",
+    "train",
+    "reconstruct",
+    "generate",
+)
 
 
 class Commands(TyperGroup):
@@ -22,8 +36,9 @@ class Commands(TyperGroup):
     def get_command(self, ctx, name):
         if name not in COMMANDS:
             return None
+        word = name.replace("-", "_")
         try:
-            function = getattr(importlib.import_module(f".{name}", __name__), name)
+            function = getattr(importlib.import_module(f".{word}", __name__), word)
         except ImportError as error:
             function = _cannot_run(error)
         single = typer.Typer(add_completion=False)
@@ -50,7 +65,7 @@ def _plain_errors(function):
             from rich.console import Console
 
             console = Console(stderr=True)
-            console.print(f"[bold red]vqkernels {function.__name__}:[/bold red] ", end="")
+            console.print(f"[bold red]vqkernels {function.__name__.replace('_', '-')}:[/bold red] ", end="")
             console.print(str(error), markup=False, highlight=False)
             raise typer.Exit(2) from None
 

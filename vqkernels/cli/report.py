@@ -1,4 +1,4 @@
-"""vqkernels report: draws a finished comparison again."""
+"""vqkernels report: one HTML page of what a folder holds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,54 @@ from typing import Annotated
 import typer
 
 
-def report(run: Annotated[Path, typer.Option(help="Folder that vqkernels demo or compare wrote.")]) -> None:
-    """Prints a comparison's table and verdicts again, and writes its pictures and report.html anew."""
+def report(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder that vqkernels train, compare, compare-codebooks or demo wrote.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The same folder, as an option.")] = None,
+) -> None:
+    """Writes RUN/report.html anew: of a trained model of images, of a comparison of codebooks, or of a comparison of
+    semantic IDs, whose table and verdicts are printed too."""
     from rich.console import Console
 
+    from ..data import DataError
+
+    if (folder is None) == (run is None):
+        raise DataError("give one folder, as in: vqkernels report out/vqvae")
+    run = folder or run
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 190)
+    if (run / "config.yaml").is_file():
+        from ..images.report import write_report
+
+        page = write_report(run)
+    elif (run / "originals.npy").is_file():
+        from ..images.compare import read_results, verdicts
+        from ..images.compare_report import write_report
+        from .compare_codebooks import table
+
+        results = read_results(run)
+        page = write_report(run)
+        console.print(table(results))
+        for sentence in verdicts(results):
+            console.print(sentence)
+    else:
+        page = _recommendation(run, console)
+    console.print(f"\nWrote {page}", soft_wrap=True)
+
+
+def _recommendation(run: Path, console) -> Path:
     from ..data import load_folder
     from ..recommend.compare import read_results
     from ..recommend.evaluation import leave_one_out
     from ..recommend.report import verdicts, write_report
     from .compare import table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 150)
     results = read_results(run)
     page = write_report(run)
     console.print(table(results))
     targets = leave_one_out(load_folder(run / "catalogue").sequences).test.targets
     for sentence in verdicts(run, results, targets):
         console.print(sentence)
-    console.print(f"\nWrote {page}", soft_wrap=True)
+    return page

@@ -38,7 +38,12 @@ def fashion_mnist(cache_dir=None, limit: int | None = None, split: str = "train"
     if not all((folder / name).is_file() for name in names):
         folder = Path(cache_dir or default_cache_dir()) / "fashion-mnist"
         if not all((folder / name).is_file() for name in names):
-            _fetch(folder)
+            how = (
+                f"On Debian or Ubuntu run 'apt-get install {DEBIAN_PACKAGE}'; elsewhere put the four files "
+                f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz of Fashion-MNIST into {folder}; "
+                "or use fashion_mnist_subset(), which comes with the package"
+            )
+            fetch_debian(DEBIAN_PACKAGE, INSTALLED, "*-ubyte.gz", folder, "Fashion-MNIST", how)
     images = _read_idx(folder / names[0], (count, 28, 28))
     labels = _read_idx(folder / names[1], (count,)).astype(np.int64)
     return images[:limit], labels[:limit]
@@ -64,28 +69,21 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
 
 
-def _fetch(folder: Path) -> None:
-    how = (
-        f"On Debian or Ubuntu run 'apt-get install {DEBIAN_PACKAGE}'; elsewhere put the four files "
-        f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz of Fashion-MNIST into {folder}; "
-        "or use fashion_mnist_subset(), which comes with the package"
-    )
+def fetch_debian(package: str, inside: Path, pattern: str, folder: Path, what: str, how: str) -> None:
+    """Downloads a Debian package, not installing it, and copies the files ``inside / pattern`` into ``folder``.
+    ``what`` it is and ``how`` it can be had otherwise go into messages. Raises DataError."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise DataError(
-            f"Fashion-MNIST is neither in {INSTALLED} nor in {folder}, and there is no apt-get to fetch it. {how}"
-        )
+        raise DataError(f"{what} is neither in {inside} nor in {folder}, and there is no apt-get to fetch it. {how}")
     with tempfile.TemporaryDirectory() as temporary:
-        print(f"fetching Fashion-MNIST (package {DEBIAN_PACKAGE}, 31 MB) ...", file=sys.stderr)
+        print(f"fetching {what} (package {package}) ...", file=sys.stderr)
         os.chmod(temporary, 0o755)  # apt-get drops its privileges to fetch and would warn
-        result = subprocess.run(
-            ["apt-get", "download", "-qq", DEBIAN_PACKAGE], cwd=temporary, capture_output=True, text=True
-        )
+        result = subprocess.run(["apt-get", "download", "-qq", package], cwd=temporary, capture_output=True, text=True)
         packages = list(Path(temporary).glob("*.deb"))
         if result.returncode == 0 and packages:
             result = subprocess.run(["dpkg", "-x", packages[0], temporary], capture_output=True, text=True)
         if result.returncode or not packages:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise DataError(f"Fashion-MNIST is not in {folder} and could not be fetched: {reason}. {how}")
+            raise DataError(f"{what} is not in {folder} and could not be fetched: {reason}. {how}")
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted((Path(temporary) / INSTALLED.relative_to("/")).glob("*-ubyte.gz")):
+        for file in sorted((Path(temporary) / inside.relative_to("/")).glob(pattern)):
             write_atomic(folder / file.name, file.read_bytes())

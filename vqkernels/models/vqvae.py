@@ -4,21 +4,22 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..data.progress import progress_bar
-from ..layers import VectorQuantize
-from ..ops import codebook_usage
+from ..ops import CodebookUsage, codebook_usage
+from .quantizers import codewords, dequantize, make_quantizer, quantize
 
 EVALUATE_IMAGES = 512  # at a time
 
 
 class VQVAEOutput(NamedTuple):
-    """``reconstruction`` like the input; ``indices`` int64 [B, H/4, W/4]; ``loss`` = ``reconstruction_loss`` (mean
-    squared error) + ``commitment_loss`` (beta included)."""
+    """``reconstruction`` like the input; ``indices`` int64 [B, h, w], [B, h, w, Q] for a residual quantizer; ``loss`` =
+    ``reconstruction_loss`` (mean squared error) + ``commitment_loss`` (beta included)."""
 
     reconstruction: Tensor
     indices: Tensor
@@ -28,12 +29,13 @@ class VQVAEOutput(NamedTuple):
 
 
 class VQVAE(nn.Module):
-    """Images [B, channels, H, W] to codes [B, H/4, W/4] and back; H and W are multiples of 4.
+    """Images [B, channels, H, W] to codes [B, h, w] and back, h = H / downsample and w = W / downsample.
 
-    ``width``: channels of the hidden layers. ``dim``, ``codebook_size``: of the codewords. ``estimator``: "rotation",
-    "reflection" or "ste". ``beta``: weight of the commitment loss. ``options``: further options of ``VectorQuantize``.
-    Or ``quantizer``: a module that takes [B, dim, h, w] and returns (quantized, indices, loss), instead of all these
-    but ``dim``.
+    ``width``: channels of the hidden layers. ``downsample``: 2, 4, 8, ...; pixels a code stands for, each way. ``dim``,
+    ``codebook_size``: of the codewords. ``estimator``: "rotation", "reflection", "ste" or "gumbel". ``beta``: weight of
+    the commitment loss. ``quantizer``: "vq", "residual", "simvq" or "fsq", and ``options`` of its layer, see
+    ``make_quantizer``; or a module that takes [B, dim, h, w] and returns (quantized, indices, loss) instead of all
+    these but ``dim``.
     """
 
     def __init__(
@@ -41,56 +43,90 @@ class VQVAE(nn.Module):
         channels: int = 1,
         *,
         width: int = 64,
+        downsample: int = 4,
         dim: int = 32,
         codebook_size: int = 256,
         estimator: str = "rotation",
         beta: float = 0.25,
-        quantizer: nn.Module | None = None,
+        quantizer: str | nn.Module = "vq",
         **options,
     ):
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(channels, width // 2, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, width, 4, 2, 1),
-            Residual(width),
-            Residual(width),
-            nn.ReLU(),
-            nn.Conv2d(width, dim, 1),
-        )
-        if quantizer is None:
-            options = {"kmeans_init": True, "threshold_ema_dead_code": 1.0, "decay": 0.9} | options
-            quantizer = VectorQuantize(
-                dim, codebook_size, accept_image_fmap=True, estimator=estimator, commitment_weight=beta, **options
-            )
+        stages = downsample.bit_length() - 1
+        if stages < 1 or downsample != 1 << stages:
+            raise ValueError(f"VQVAE: downsample={downsample}; a power of two from 2 on is needed")
+        self.channels, self.downsample = channels, downsample
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        inner = [width // 2 if stages > 1 else width, *[width] * (stages - 1)]  # channels after each halving
+        for before, after in pairwise([channels, *inner]):
+            down += [nn.Conv2d(before, after, 4, 2, 1), nn.ReLU()]
+            up = [nn.ReLU(), nn.ConvTranspose2d(after, before, 4, 2, 1), *up]
+        self.encoder = nn.Sequential(*down[:-1], Residual(width), Residual(width), nn.ReLU(), nn.Conv2d(width, dim, 1))
+        if isinstance(quantizer, str):
+            quantizer = make_quantizer(quantizer, dim, codebook_size, estimator, beta, **options)
         elif options:
             raise ValueError(
                 f"VQVAE: {', '.join(options)} belong to the default quantizer, but one was given. Set them there"
             )
         self.quantizer = quantizer
-        self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 3, 1, 1),
-            Residual(width),
-            Residual(width),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, width // 2, 4, 2, 1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width // 2, channels, 4, 2, 1),
-        )
+        self.decoder = nn.Sequential(nn.Conv2d(dim, width, 3, 1, 1), Residual(width), Residual(width), *up)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    @property
+    def levels(self) -> int:
+        """Codes at each position: more than one for a residual quantizer."""
+        return getattr(self.quantizer, "num_quantizers", 1)
+
+    @property
+    def codebook(self) -> Tensor:
+        """What every code stands for in the decoder's input: [K, dim], or [levels, K, dim] for a residual
+        quantizer."""
+        with torch.no_grad():
+            return codewords(self.quantizer)
+
+    def usage(self, indices: Tensor) -> CodebookUsage:
+        """How indices, as ``encode`` gives them, are spread over the codes; by level for a residual quantizer."""
+        if self.levels == 1:
+            return codebook_usage(indices.flatten(), self.codebook_size)
+        return codebook_usage(indices.flatten(0, -2), self.codebook_size, dim=-1)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """In training mode the codewords move, so call it once a step."""
-        if images.dim() != 4 or images.shape[2] % 4 or images.shape[3] % 4:
-            raise ValueError(
-                f"VQVAE: images of shape {list(images.shape)}; [B, channels, H, W] is needed, H and W multiples of 4. "
-                "Pad or crop them"
-            )
-        quantized, indices, commitment_loss = self.quantizer(self.encoder(images))
+        quantized, indices, commitment_loss = quantize(self.quantizer, self._latent(images))
         reconstruction = self.decoder(quantized)
         reconstruction_loss = nn.functional.mse_loss(reconstruction, images)
         return VQVAEOutput(
             reconstruction, indices, reconstruction_loss + commitment_loss, reconstruction_loss, commitment_loss
         )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, channels, H, W] -> codes int64 [B, h, w], [B, h, w, Q] for a residual quantizer; moves no
+        codeword."""
+        training = self.quantizer.training
+        try:
+            self.quantizer.eval()
+            return quantize(self.quantizer, self._latent(images))[1]
+        finally:
+            self.quantizer.train(training)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes as ``encode`` gives them -> the reconstruction; as the network says it, so clamp it to show it."""
+        return self.decoder(dequantize(self.quantizer, indices))
+
+    def _latent(self, images: Tensor) -> Tensor:
+        step = self.downsample
+        if images.dim() != 4 or images.shape[2] % step or images.shape[3] % step:
+            raise ValueError(
+                f"VQVAE: images of shape {list(images.shape)}; [B, channels, H, W] is needed, H and W multiples of "
+                f"{step}. Pad or crop them"
+            )
+        return self.encoder(images)
 
     def fit(
         self, images: Tensor, steps: int = 500, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, progress=None
@@ -118,7 +154,7 @@ class VQVAE(nn.Module):
                 out.loss.backward()
                 optimizer.step()
                 losses.append(torch.stack([out.loss, out.reconstruction_loss]).detach())
-                indices.append(out.indices.flatten())
+                indices.append(out.indices)
                 advance()
                 if step % 50 == 0 or step == steps:
                     loss, reconstruction = torch.stack(losses).mean(0).tolist()
@@ -126,14 +162,14 @@ class VQVAE(nn.Module):
                         raise FloatingPointError(
                             f"the loss became {loss} before step {step} at lr={lr}. Use a smaller lr"
                         )
-                    use = codebook_usage(torch.cat(indices), self.quantizer.codebook_size)
+                    use = self.usage(torch.cat(indices))
                     history.append(
                         {
                             "step": step,
                             "loss": loss,
                             "reconstruction_loss": reconstruction,
-                            "usage": float(use.used),
-                            "perplexity": float(use.perplexity),
+                            "usage": float(use.used.mean()),
+                            "perplexity": float(use.perplexity.mean()),
                         }
                     )
                     losses, indices = [], []
@@ -146,11 +182,18 @@ class VQVAE(nn.Module):
         training = self.training
         self.eval()
         device = next(self.parameters()).device
-        outs = [self(batch.to(device)) for batch in images.split(EVALUATE_IMAGES)]
+        squares, indices = 0.0, []
+        for batch in images.split(EVALUATE_IMAGES):
+            out = self(batch.to(device))
+            squares += float((out.reconstruction - batch.to(device)).square().mean()) * len(batch)
+            indices.append(out.indices)
         self.train(training)
-        use = codebook_usage(torch.cat([out.indices.flatten() for out in outs]), self.quantizer.codebook_size)
-        error = sum(float(out.reconstruction_loss) * len(out.indices) for out in outs) / len(images)
-        return {"reconstruction_error": error, "usage": float(use.used), "perplexity": float(use.perplexity)}
+        use = self.usage(torch.cat(indices))
+        return {
+            "reconstruction_error": squares / len(images),
+            "usage": float(use.used.mean()),
+            "perplexity": float(use.perplexity.mean()),
+        }
 
 
 class Residual(nn.Module):

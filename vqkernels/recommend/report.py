@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 
 from ..data import Catalogue, load_folder
 from ..data.catalogue import write_atomic
+from ..pages import facts, figure, page, picture, png
 from .compare import BASELINES, METHODS, read_results, top_items
 from .evaluation import METRICS, leave_one_out
 
@@ -102,36 +101,13 @@ def write_report(out) -> Path:
         )
         if any(r["kind"] == "tiger" for r in results["rows"])
     ]
-    for name, _, png in pictures:
-        write_atomic(out / f"{name}.png", png)
-    page = _page(out, results, catalogue, pictures)
-    write_atomic(out / "report.html", page.encode())
+    for name, _, image in pictures:
+        write_atomic(out / f"{name}.png", image)
+    write_atomic(out / "report.html", _page(out, results, catalogue, pictures).encode())
     return out / "report.html"
 
 
 # Pictures. Each takes the results and returns PNG bytes.
-
-
-def _figure(rows: int, columns: int, width: float, height: float):
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("reports are drawn with matplotlib. Run: pip install 'vqkernels[models]'") from None
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _tiger_rows(results) -> list[tuple[dict, str]]:
@@ -142,7 +118,7 @@ def _tiger_rows(results) -> list[tuple[dict, str]]:
 def _draw_scores(results) -> bytes:
     rows = results["rows"]
     colors = [COLORS[list(METHODS).index(r["method"])] if r["kind"] == "tiger" else "#cbd5e1" for r in rows]
-    figure, axes = _figure(1, 2, 9, 0.8 + 0.32 * len(rows))
+    canvas, axes = figure(1, 2, 9, 0.8 + 0.32 * len(rows))
     for ax, metric in zip(axes[0], ("HR@10", "NDCG@10"), strict=True):
         bars = ax.barh([LABELS[r["method"]] for r in rows], [r[metric] for r in rows], color=colors, height=0.65)
         ax.bar_label(bars, [f" {r[metric]:.4f}" for r in rows], fontsize=8)
@@ -150,13 +126,13 @@ def _draw_scores(results) -> bytes:
         ax.set_xlim(0, 1.15 * max(r[metric] for r in rows))
         ax.set_title(metric, fontsize=10, fontweight="bold", loc="left")
     axes[0, 1].set_yticklabels([])
-    return _png(figure)
+    return png(canvas)
 
 
 def _draw_usage(results) -> bytes:
     rows = _tiger_rows(results)
     levels = max(len(r["code_counts"]) for r, _ in rows)
-    figure, axes = _figure(len(rows), levels, 11, 0.4 + 1.4 * len(rows))
+    canvas, axes = figure(len(rows), levels, 11, 0.4 + 1.4 * len(rows))
     for (row, color), line in zip(rows, axes, strict=True):
         for level, ax in enumerate(line[: len(row["code_counts"])]):
             counts = np.sort(row["code_counts"][level])[::-1]
@@ -171,14 +147,14 @@ def _draw_usage(results) -> bytes:
             says = f"{100 * used:.0f} % used, perplexity {perplexity:.0f}"
             place = ax.text(0.98, 0.94, says, transform=ax.transAxes, ha="right", va="top", fontsize=8)
             place.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})
-    figure.supxlabel("codes, most used first", fontsize=8)
-    figure.supylabel("items", fontsize=8)
-    return _png(figure)
+    canvas.supxlabel("codes, most used first", fontsize=8)
+    canvas.supylabel("items", fontsize=8)
+    return png(canvas)
 
 
 def _draw_collisions(results) -> bytes:
     rows = _tiger_rows(results)
-    figure, axes = _figure(1, 1, 9, 2.6)
+    canvas, axes = figure(1, 1, 9, 2.6)
     ax, names = axes[0, 0], ["1", "2", "3", "4", "5–8", "9 and more"]
     for place, (row, color) in enumerate(rows):
         items = (
@@ -192,7 +168,7 @@ def _draw_collisions(results) -> bytes:
     ax.set_xlabel("items with the same codes", fontsize=8)
     ax.set_ylabel("% of items", fontsize=8)
     ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return png(canvas)
 
 
 def _draw_training(results) -> bytes:
@@ -200,7 +176,7 @@ def _draw_training(results) -> bytes:
     encoders = [
         (r, c) for r, c in rows if len(r["tokenizer_history"]) > r["tokenizer"].get("levels", len(r["code_counts"]))
     ]
-    figure, axes = _figure(1, 2 if encoders else 1, 9, 2.9)
+    canvas, axes = figure(1, 2 if encoders else 1, 9, 2.9)
     ax = axes[0, 0]
     for row, color in rows:
         epochs = [e["epoch"] for e in row["training"]]
@@ -222,43 +198,10 @@ def _draw_training(results) -> bytes:
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel("loss", fontsize=8)
         ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return png(canvas)
 
 
 # The page.
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  color: #1f2937; background: #f8fafc; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 28px 64px; background: #fff;
-  box-shadow: 0 0 24px rgba(15,23,42,.06); }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; }
-h2 { font-size: 20px; margin: 44px 0 10px; }
-h3 { font-size: 15px; margin: 0; color: #475569; }
-p, ul.verdict { max-width: 90ch; }
-.lead { color: #475569; margin-top: 0; }
-.note, figcaption { color: #64748b; font-size: 14px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 7px 6px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
-th { font-weight: 600; color: #475569; border-bottom: 2px solid #cbd5e1; }
-th:first-child, td:first-child { text-align: left; }
-tr.baseline td { color: #64748b; }
-tr.first td { border-top: 2px solid #cbd5e1; }
-td.best { font-weight: 700; color: #1d4ed8; }
-ul.verdict { padding-left: 20px; }
-ul.verdict li { margin: 4px 0; }
-figure { margin: 18px 0 30px; }
-figure img { width: 100%; height: auto; display: block; }
-.user { display: grid; grid-template-columns: 1fr 1fr; gap: 28px; }
-.user ol, .user ul { margin: 6px 0; padding-left: 28px; }
-.hit { font-weight: 700; color: #15803d; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; }
-dt { color: #64748b; }
-dd { margin: 0; }
-@media (max-width: 700px) { .user { grid-template-columns: 1fr; } main { padding: 24px 16px; } }
-"""
 
 
 def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
@@ -299,22 +242,10 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
             f"<p>What came next: <b>{text(shown['next'])}</b>. {found}</p>",
         ]
     titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training"}
-    for name, caption, png in pictures:
-        image = base64.b64encode(png).decode()
-        parts.append(f"<h2>{titles[name]}</h2><figure><img alt='{text(caption)}' src='data:image/png;base64,{image}'>"
-                     f"<figcaption>{text(caption)}</figcaption></figure>")  # fmt: skip
-    facts = machine | {k.replace("_", " "): v for k, v in settings.items()}
-    parts += [
-        "<h2>Machine and settings</h2><dl>",
-        "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()),
-        "</dl>",
-    ]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Semantic IDs on {text(data['name'])}</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>"
-    )
+    for name, caption, image in pictures:
+        parts.append(f"<h2>{titles[name]}</h2>{picture(image, caption)}")
+    parts += ["<h2>Machine and settings</h2>", facts(machine | settings)]
+    return page(f"Semantic IDs on {data['name']}", parts)
 
 
 def _table(results: dict) -> str:

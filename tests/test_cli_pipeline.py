@@ -209,7 +209,7 @@ def test_malformed_data_names_file_and_line(data, tmp_path, name, text, message)
     result = vqkernels("compare", "--data", tmp_path, "--out", tmp_path / "out", *SMALL)
     assert (
         result.exit_code == 2
-        and message in result.output.replace("\n", " ").replace("  ", " ")
+        and message in result.output
         and "Traceback" not in result.output
     )
 

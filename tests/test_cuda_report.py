@@ -1,6 +1,7 @@
 """The CUDA kernels as compiled: the gate, and that it would see a regression."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -32,6 +33,14 @@ def test_every_file_was_read_for_every_architecture(rows):
     built = {"sm_" + arch.replace(".", "").split("+")[0].rstrip("a") for arch in INFO["cuda_archs"]}
     files = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
     assert {(row.target, row.file) for row in rows} == {(target, file) for target in built for file in files}
+
+
+def test_tiles_are_those_of_the_kernels():
+    table = (ROOT / "csrc/cuda/tiles.cuh").read_text().split("kTiles[] = {")[1].split("};")[0]
+    rows = {int(row[0]): (int(row[2]), int(row[3])) for row in re.findall(r"\{(\d+), (\d+), (\d+), (\d+)\}", table)}
+    assert len(rows) == table.count("{")
+    for target, tiles in cuda_report.TILES.items():
+        assert rows[max(first for first in rows if first <= int(target[3:]))] == tiles, target
 
 
 # Planted regressions: each must be the fault that is reported.

@@ -28,19 +28,22 @@ from .triton_kernels.machine_code import MachineCode, nvidia, tool
 class Plan:
     """What a kernel is meant to be. ``file``, ``kernel``: regular expressions for the start of the file's name, and of
     the kernel's with its template arguments. ``registers``: the most a thread may hold. ``shared``: dynamic bytes that
-    its launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``loops``: instructions that must stand
-    in a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks."""
+    its launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``tiles``: it asks for them by TILES.
+    ``loops``: instructions that must stand in a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks."""
 
     file: str
     kernel: str
     registers: int
     shared: int = 0
     most: int = 0
+    tiles: bool = False
     loops: tuple[str, ...] = ()
     load: int = 128
     fences: bool = False
 
 
+TILES = {"sm_80": (2, 2), "sm_90": (3, 3), "sm_100": (3, 3), "sm_120": (2, 3)}  # stages, resident of csrc/cuda/tiles.cuh
+CHUNK = 16 << 10
 TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")  # matrix products, their operands' loads, copies in the background
 SEARCHES = "nearest_codeword|residual_quantize$"
 
@@ -54,9 +57,8 @@ PLANS = (
     Plan("codeword_sums", "", registers=40, load=32),
     Plan("fsq", "fsq_kernel", registers=64, shared=5 << 10, most=48 << 10),
     Plan("fsq", "backward_kernel", registers=64),
-    Plan("nearest_codeword", "coarse_kernel|compare_kernel", 255, 64 << 10, 96 << 10, TENSOR_CORES),
-    # 96 KB where a block may have them, D > 128; elsewhere the scan takes over
-    Plan("residual_quantize$", "levels_kernel", 255, 64 << 10, 80 << 10, TENSOR_CORES),
+    Plan("nearest_codeword", "coarse_kernel|compare_kernel", registers=255, tiles=True, loops=TENSOR_CORES),
+    Plan("residual_quantize$", "levels_kernel", registers=255, tiles=True, loops=TENSOR_CORES),
     Plan("residual_quantize$", "set_levels_kernel", registers=40, load=0),
     Plan("nearest_codeword", "few_kernel", registers=128),
     Plan("nearest_codeword", "select_kernel", registers=96, load=32),
@@ -145,7 +147,7 @@ def _faults(row: Row) -> Iterator[str]:
         yield f"a stack frame of {code.stack} bytes"
     if code.registers > plan.registers:
         yield f"{code.registers} registers, planned are at most {plan.registers}"
-    if (shared := code.static_shared + max(plan.shared, plan.most)) > chip.shared_block:
+    if (shared := code.static_shared + max(dynamic(row))) > chip.shared_block:
         yield f"{shared} bytes of shared memory, the chip has {chip.shared_block} for a block"
     elif not row.threads:
         yield "no launch bounds: __launch_bounds__ says for which block its registers must suffice"
@@ -160,9 +162,20 @@ def _faults(row: Row) -> Iterator[str]:
             yield f"no {instruction} in any loop"
 
 
+def dynamic(row: Row) -> tuple[int, int]:
+    """Bytes of shared memory that the launcher asks for: at an ordinary size, for TILES 64 features in 16 bits, and at
+    most."""
+    if row.plan is None:
+        return 0, 0
+    if not row.plan.tiles:
+        return row.plan.shared, row.plan.most
+    stages, resident = TILES[row.target]
+    return (1 + stages) * CHUNK, (max(resident, stages) + stages) * CHUNK
+
+
 def fit(row: Row):
     """The blocks on a processor, at an ordinary size."""
-    shared = row.code.static_shared + (row.plan.shared if row.plan else 0)
+    shared = row.code.static_shared + dynamic(row)[0]
     return occupancy(row.target, row.code.registers, shared, max(1, row.threads // 32))
 
 
@@ -214,12 +227,12 @@ def _line(kernel: str, rows: list[Row]) -> str:
         return " ".join(sorted(names - {""})) or "–"
 
     plan = rows[0].plan
-    dynamic = f" + {plan.shared}" + f" ({plan.most})" * (plan.most > 0) if plan else ""
+    most = each(lambda row: dynamic(row)[1])
     cells = (
         f"`{kernel}`",
         each(lambda row: row.threads),
         each(lambda row: row.code.registers) + (f" ≤ {plan.registers}" if plan else ""),
-        each(lambda row: row.code.static_shared) + dynamic,
+        each(lambda row: row.code.static_shared) + f" + {each(lambda row: dynamic(row)[0])}" + f" ({most})" * (most != "0"),
         each(lambda row: fit(row).blocks),
         each(lambda row: f"{fit(row).share:.0%}"),
         each(lambda row: fit(row).limit),

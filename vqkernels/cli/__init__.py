@@ -66,7 +66,7 @@ def _plain_errors(function):
 
             console = Console(stderr=True)
             console.print(f"[bold red]vqkernels {function.__name__.replace('_', '-')}:[/bold red] ", end="")
-            console.print(str(error), markup=False, highlight=False)
+            console.print(str(error), markup=False, highlight=False, soft_wrap=True)  # a path stays in one piece
             raise typer.Exit(2) from None
 
     return command

@@ -3,10 +3,11 @@
 //
 //   tests/cpp/run                 builds this with g++ in seconds and runs the checks
 //   tests/cpp/run sanitize        the same under ASan and UBSan
-//   tests/cpp/run bench           timings at the shapes of docs/numerics.md
+//   [VQK_SIMD=level] tests/cpp/run bench [N K D]    timings at the shapes of docs/numerics.md
 //
 // Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <chrono>
@@ -53,6 +54,10 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 }
 
 Parallel parallel() { return {run_tasks, threads}; }
+
+const char* level_name(Simd level) {
+  return std::array{"portable", "avx2", "avx512", "vnni"}[static_cast<int>(level)];
+}
 
 std::vector<Simd> levels() {
   std::vector<Simd> found{Simd::portable};
@@ -299,7 +304,7 @@ double best_of(const std::function<double()>& clock, const std::function<void()>
   return best;
 }
 
-// GFLOP/s of 12 independent AVX2 multiply-adds, the roof of the avx2 level; 0 elsewhere.
+// GFLOP/s of 12 independent multiply-adds, the roof of a level; 0 for portable code.
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) void multiply_adds() {
   typedef float Vec __attribute__((vector_size(32)));
@@ -308,7 +313,18 @@ __attribute__((target("avx2,fma"))) void multiply_adds() {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) __asm__ volatile("vfmadd132ps %1, %1, %0" : "+x"(a[i]) : "x"(x));
 }
-double peak() { return 4e6 * 12 * 16 / best_of(cpu_seconds, multiply_adds) * 1e-9; }
+__attribute__((target("avx512f"))) void multiply_adds_512() {
+  typedef float Vec __attribute__((vector_size(64)));
+  Vec a[12] = {}, x = Vec{} + 0.9f;
+  for (int round = 0; round < 4000000; ++round)
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) __asm__ volatile("vfmadd132ps %1, %1, %0" : "+v"(a[i]) : "v"(x));
+}
+double peak() {
+  if (level == Simd::portable) return 0;
+  const bool wide = level != Simd::avx2;
+  return 4e6 * 12 * (wide ? 32 : 16) / best_of(cpu_seconds, wide ? multiply_adds_512 : multiply_adds) * 1e-9;
+}
 #else
 double peak() { return 0; }
 #endif
@@ -327,9 +343,12 @@ void report(const char* what, int64_t N, int64_t K, int64_t D, double flops, dou
 }
 
 void bench(int argc, char** argv) {
-  level = levels().size() > 1 ? Simd::avx2 : Simd::portable;
-  const double roof = level == Simd::avx2 ? peak() : 0;
-  std::printf("fp32 multiply-add peak of one core: %.1f GFLOP/s\n", roof);
+  level = levels().back();
+  if (const char* wanted = std::getenv("VQK_SIMD"))
+    for (Simd simd : levels())
+      if (!std::strcmp(wanted, level_name(simd))) level = simd;
+  const double roof = peak();
+  std::printf("%s, fp32 multiply-add peak of one core: %.1f GFLOP/s\n", level_name(level), roof);
   struct Shape {
     int64_t N, K, D;
   };

@@ -76,7 +76,7 @@ MALFORMED = [
     (SEQUENCES, "ann 1\nbob 4\n", r"sequences.txt:2: item 4 is unknown: items.csv has ids 1 to 3"),
     (SEQUENCES, "ann 0\n", r"sequences.txt:1: item 0 is unknown"),
     (SEQUENCES, "ann 99999999999999999999999\n", r"sequences.txt:1: item 99999999999999999999999 is unknown"),
-    (SEQUENCES + ".gz", gzip.compress(b"ann 1\n")[:-6], r"both sequences.txt and sequences.txt.gz"),
+    (SEQUENCES + ".gz", gzip.compress(b"ann 1\n", mtime=0)[:-6], r"both sequences.txt and sequences.txt.gz"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_malformed_files_name_file_and_line(folder, name, content, message):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-6], lambda b: b"plain text", lambda b: b[:20] + b"\x00" * 9 + b[29:]])
 def test_corrupt_gzip(folder, damage):
-    (folder / "sequences.txt.gz").write_bytes(damage(gzip.compress(b"ann 1 2 3\nbob 3 2 1\n")))
+    (folder / "sequences.txt.gz").write_bytes(damage(gzip.compress(b"ann 1 2 3\nbob 3 2 1\n", mtime=0)))
     (folder / "sequences.txt").unlink()
     with pytest.raises(data.DataError, match=r"sequences.txt.gz: not a whole gzip file"):
         data.load_folder(folder)
@@ -281,7 +281,7 @@ def test_fashion_mnist_files_are_checked(tmp_path, monkeypatch):
     pictures = np.arange(2 * 784).astype(np.uint8).reshape(2, 28, 28)
     header = b"\0\0\x08\x03" + np.array([2, 28, 28], ">u4").tobytes()
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pictures.tobytes()))
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02\x07\x01"))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x02\x07\x01", mtime=0))
     images, labels = data.fashion_mnist(tmp_path, split="test")
     assert np.array_equal(images, pictures) and labels.tolist() == [7, 1]
     assert len(data.fashion_mnist(tmp_path, limit=1, split="test")[0]) == 1

@@ -37,6 +37,7 @@ OPTIONS, FORMULAS, OPTIONS_BESIDE = (
 )
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
 DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
+BYTE_ROWS = "csrc/cpu/nearest_codeword_byte_rows.h"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 SMALL = "tests/interpreted_ops.py::"
 CERTIFIED = "tests/test_triton_nearest_codeword.py::test_search_in_the_interpreter"
@@ -69,7 +70,11 @@ MUTATIONS = {
     "kernel: bytes trust a float32 score too far": (
         BYTES, r"\* row\.ticks \+ row\.eps;", "* row.ticks;", DRIVER),
     "kernel: the offset of bytes is not taken back": (
-        BYTES, r"-128 \* static", "-127 * static", DRIVER),
+        BYTE_ROWS, r"offset = 128 \* static", "offset = 127 * static", DRIVER),
+    "kernel: half norms of bytes are cut": (
+        BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.49 * squares", DRIVER),
+    "kernel: a tile of bytes has the unit of its first row": (
+        BYTE_ROWS, r"j < left && j < kTileRows", "j < left && j < 1", DRIVER),
     "kernel: bytes forget the last codeword": (
         BYTES, r"k < first \+ step && k < cb\.K;", "k < first + step && k < cb.K - 1;", DRIVER),
     "kernel: panels behind bytes lack the last": (

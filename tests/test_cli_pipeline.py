@@ -207,11 +207,7 @@ def test_malformed_data_names_file_and_line(data, tmp_path, name, text, message)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_text(text)
     result = vqkernels("compare", "--data", tmp_path, "--out", tmp_path / "out", *SMALL)
-    assert (
-        result.exit_code == 2
-        and message in result.output
-        and "Traceback" not in result.output
-    )
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,8 +6,8 @@
 //                                                   behind bytes, wider panels only when rows turn out to need them
 //   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
 //
-// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512; in 16-bit integers 1.5
-// and 2 times as many, in bytes (AVX2) 3 times. z and the codebook are read once per block of rows from cache.
+// Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512 (Zen 4: 32); in 16-bit
+// integers 1.5 and 2 times as many, in bytes 3 (AVX2) and 4 times (VNNI). z and the codebook are read once per block of rows from cache.
 // Memory: O(N + K D), never N x K.
 // Numerics: docs/numerics.md. The coarse pass is in bytes, 16-bit integers or fp32, with a proved bound; the decision
 // is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits at every SIMD level,
@@ -37,20 +37,25 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
-int choose_byte_group(int64_t K, int64_t D) { return D <= 64 && K >= 2048 && K >= 64 * D ? 2 : 1; }
+// The same for bytes, where a lane is twice as many panels' codewords. Measured at every SIMD level.
+int choose_byte_group(int64_t K, int64_t D) {
+  int group = 1;
+  while (group < 8 && 64 * group * group * D <= K) group *= 2;
+  return group;
+}
 
 // Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
 // they save, and the codebook must be worth a second packing.
 bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
 
 // The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, more of
-// them in many dimensions. Measured: equal to 16-bit integers at the smallest of these.
-bool use_bytes(int64_t K, int64_t D, int64_t rows, DType dtype) {
-  if (dtype == DType::f64 || D > 1024) return false;
+// them in many dimensions.
+bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DType dtype) {
+  if (format.width == 0 || dtype == DType::f64 || D > 1024) return false;
 #ifdef VQK_TEST_BYTES  // wherever they can be used
   return true;
 #endif
-  return D >= 16 && K >= 512 && K * D >= 32768 && rows >= 1024;
+  return D >= format.pays_D && K >= 512 && K * D >= format.pays_KD && rows >= 1024;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -124,7 +129,7 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     cb.rows = normalizes ? allocate(cb.K * D * size) : cb.codewords;
     cb.half_norms = static_cast<float*>(allocate(cb.panels_count * width * 4));
     if (kernel.integers && use_integers(cb.K, D, rows)) cb.integers_fail = &fail_[2 * i];
-    wanted[i] = kernel.bytes.width && use_bytes(cb.K, D, rows, dtype);
+    wanted[i] = use_bytes(kernel.bytes, cb.K, D, rows, dtype);
     cb.bytes_fail = &fail_[2 * i + 1];
     for (int64_t first = 0; first < cb.K; first += kChunk) tasks.push_back({i, first, std::min(first + kChunk, cb.K)});
   }
@@ -224,15 +229,15 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     for (; t < tasks.size() && tasks[t].cb == &cb; ++t) most = largest(most, tasks[t].lengths);
     cb.byte_row = most.row * (1 + 0x1p-20);
     // sums in 16 bits leave a chunk's length to be shared between row and codeword
-    const double length = format.chunk == 64 ? most.chunk / kByteLength : 0.0;
+    const double length = format.features == 2 ? most.chunk / kByteLength : 0.0;
     cb.byte_unit = static_cast<float>(std::max(most.peak / format.largest, length) * (1 + 0x1p-20));
     if (!(cb.byte_unit > 0x1p-60 && cb.byte_unit < 0x1p60)) continue;  // all equal, or far out
-    cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / 32766 : 0.0;
+    cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / format.half_norm : 0.0;
     cb.byte_group = choose_byte_group(cb.K, cb.D);
     const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, format.chunk);
     const int64_t steps = ceil_div(cb.D, format.features);
     cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
-    cb.half_norms8 = static_cast<int16_t*>(allocate(panels * width * 2));
+    cb.half_norms8 = allocate(panels * width * format.features);
     cb.panels8 = static_cast<int8_t*>(allocate(panels * width * steps * format.features));
   }
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
@@ -243,11 +248,11 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     ByteLengths most{};
     for (const Task& task : tasks)
       if (task.cb == &cb) most = largest(most, task.lengths);
+    if (!cb.panels8) continue;
     cb.byte_error = most.row * (1 + 0x1p-20);
     cb.byte_length = std::max(most.chunk, 1.0);
-    // one bit for each doubling of chunks; of sums in 32 bits what rows of 60 a feature leave above 16
-    const double sums = format.chunk == 64 ? static_cast<double>(ceil_div(cb.D, format.chunk))
-                                           : cb.byte_length * 60 * std::sqrt(static_cast<double>(cb.D)) / 32768;
+    // sums of a chunk are shifted by a bit for each doubling of chunks
+    const double sums = static_cast<double>(ceil_div(cb.D, format.chunk));
     while (std::ldexp(1.0, cb.byte_shift) < sums) ++cb.byte_shift;
   }
 }

@@ -33,7 +33,7 @@ struct Codebook {
   const float* code_scales; // [panels][width]: row = code_scale * integers, nearly
   const int8_t* panels8;    // rows - mean in bytes, or null: nearest_codeword_bytes.h has the layout of these four
   const void* starts8;
-  const int16_t* half_norms8;  // in half_norm_unit
+  const void* half_norms8;
   const float* mean;           // [D]
   bool *integers_fail, *bytes_fail;  // set when they leave too many candidates
   int64_t K, D, panels_count;
@@ -54,10 +54,12 @@ struct ByteLengths {
 };
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
-// largest; sums of products over `chunk` features.
+// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from D and K D on, measured.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
+  double half_norm;
+  int64_t pays_D, pays_KD;
 };
 
 // One SIMD level's functions; see nearest_codeword_kernel.h.

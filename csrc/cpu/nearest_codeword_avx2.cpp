@@ -28,15 +28,21 @@
 #define VQK_TO_FLOAT(x) _mm256_cvtepi32_ps((__m256i)(x))
 
 #define VQK_BYTES
-#define VQK_MADD_BYTES(x, c) ((Shorts)_mm256_maddubs_epi16((__m256i)(x), (__m256i)(c)))
-#define VQK_MULHRS(a, b) ((Shorts)_mm256_mulhrs_epi16((__m256i)(a), (__m256i)(b)))
-#define VQK_SUBS(a, b) ((Shorts)_mm256_subs_epi16((__m256i)(a), (__m256i)(b)))
-#define VQK_MIN16(a, b) ((Shorts)_mm256_min_epi16((__m256i)(a), (__m256i)(b)))
-#define VQK_LOWEST16(x) lowest16((__m256i)(x))
-#define VQK_NONZERO16(x) nonzero16((__m256i)((x) != 0))
+#define VQK_STORE_BYTES(p, x) store_low_bytes(p, (__m256i)(x))
+#define VQK_MADD_BYTES(x, c) ((Ticks)_mm256_maddubs_epi16((__m256i)(x), (__m256i)(c)))
+#define VQK_MULHRS(a, b) ((Ticks)_mm256_mulhrs_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_SUBS(a, b) ((Ticks)_mm256_subs_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_MIN_TICKS(a, b) ((Ticks)_mm256_min_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_LOWEST_TICKS(x) lowest16((__m256i)(x))
+#define VQK_NONZERO_TICKS(x) nonzero16((__m256i)((x) != 0))
 
 namespace vqk::cpu {
 namespace {
+inline void store_low_bytes(void* p, __m256i x) {
+  const __m256i gathered = _mm256_shuffle_epi8(x, _mm256_set1_epi32(0x0c080400));  // of each half, in every lane of it
+  const __m128i low = _mm256_castsi256_si128(gathered), high = _mm256_extracti128_si256(gathered, 1);
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_unpacklo_epi32(low, high));
+}
 inline int16_t lowest16(__m256i x) {
   const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
   const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -55,22 +55,17 @@
 
 #define VQK_BYTES
 #define VQK_QUADS
+#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
 #if defined(VQK_EMULATE_AVX512)
-#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
-#define VQK_MULHRS(a, b) ((Shorts)lanes16<Mulhrs>((Sixteens)(a), (Sixteens)(b)))
-#define VQK_SUBS(a, b) ((Shorts)lanes16<Subs>((Sixteens)(a), (Sixteens)(b)))
-#define VQK_MIN16(a, b) ((Shorts)lanes16<Min>((Sixteens)(a), (Sixteens)(b)))
-#define VQK_PACK16(a, b) ((Shorts)pack16(a, b))
-#define VQK_LOWEST16(x) lowest16((Sixteens)(x))
-#define VQK_NONZERO16(x) nonzero16((Sixteens)(x))
+#define VQK_STORE_BYTES(p, x) store_low_bytes(p, x)
+#define VQK_MIN_TICKS(a, b) ((a) < (b) ? (a) : (b))
+#define VQK_LOWEST_TICKS(x) lowest_lane(x)
+#define VQK_NONZERO_TICKS(x) nonzero(x)
 #else
-#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
-#define VQK_MULHRS(a, b) ((Shorts)_mm512_mulhrs_epi16((__m512i)(a), (__m512i)(b)))
-#define VQK_SUBS(a, b) ((Shorts)_mm512_subs_epi16((__m512i)(a), (__m512i)(b)))
-#define VQK_MIN16(a, b) ((Shorts)_mm512_min_epi16((__m512i)(a), (__m512i)(b)))
-#define VQK_PACK16(a, b) ((Shorts)_mm512_packs_epi32((__m512i)(a), (__m512i)(b)))
-#define VQK_LOWEST16(x) lowest16((__m512i)(x))
-#define VQK_NONZERO16(x) _mm512_test_epi16_mask((__m512i)(x), (__m512i)(x))
+#define VQK_STORE_BYTES(p, x) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
+#define VQK_MIN_TICKS(a, b) ((Ticks)_mm512_min_epi32((__m512i)(a), (__m512i)(b)))
+#define VQK_LOWEST_TICKS(x) _mm512_reduce_min_epi32((__m512i)(x))
+#define VQK_NONZERO_TICKS(x) static_cast<unsigned>(_mm512_test_epi32_mask((__m512i)(x), (__m512i)(x)))
 #endif
 #endif
 
@@ -92,37 +87,19 @@ template <class Bits>
 inline SignedVec high16(const Bits& x) {
   return (SignedVec)x >> 16;
 }
-typedef int16_t Sixteens __attribute__((vector_size(64)));
 template <class Bits>
 inline Bits dot_bytes(const Bits& x, const Bits& c, Bits sum) {
   for (int f = 0; f < 4; ++f) sum += (Bits)((SignedVec)(x >> 8 * f & 255) * ((SignedVec)(c << (24 - 8 * f)) >> 24));
   return sum;
 }
-inline int saturated16(int x) { return x < -32768 ? -32768 : x > 32767 ? 32767 : x; }
-struct Mulhrs { static int of(int a, int b) { return (a * b + 0x4000) >> 15; } };
-struct Subs { static int of(int a, int b) { return saturated16(a - b); } };
-struct Min { static int of(int a, int b) { return a < b ? a : b; } };
-template <class Operation>
-inline Sixteens lanes16(const Sixteens& a, const Sixteens& b) {
-  Sixteens out;
-  for (int i = 0; i < 32; ++i) out[i] = static_cast<int16_t>(Operation::of(a[i], b[i]));
-  return out;
+template <class Bits>
+inline void store_low_bytes(uint8_t* p, const Bits& x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(x[i]);
 }
-inline Sixteens pack16(const SignedVec& a, const SignedVec& b) {
-  Sixteens out;
-  for (int i = 0; i < 32; ++i)
-    out[i] = static_cast<int16_t>(saturated16(i % 8 < 4 ? a[i / 8 * 4 + i % 4] : b[i / 8 * 4 + i % 4]));
-  return out;
-}
-inline int16_t lowest16(const Sixteens& x) {
-  int16_t lowest = x[0];
-  for (int i = 1; i < 32; ++i) lowest = x[i] < lowest ? x[i] : lowest;
+inline int32_t lowest_lane(const SignedVec& x) {
+  int32_t lowest = x[0];
+  for (int i = 1; i < 16; ++i) lowest = x[i] < lowest ? x[i] : lowest;
   return lowest;
-}
-inline unsigned nonzero16(const Sixteens& x) {
-  unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(x[i] != 0) << i;
-  return bits;
 }
 #else
 // In assembly because GCC keeps a copy of every sum in memory beside its intrinsics: half the speed.
@@ -135,12 +112,6 @@ template <class Bits>
 inline Bits dot_pairs(const Bits& x, const Bits& c, Bits sum) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(c));
   return sum;
-}
-inline int16_t lowest16(__m512i x) {
-  const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
-  const __m256i y = _mm256_min_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-  return static_cast<int16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, flip))) ^ 0x8000);
 }
 #endif
 #endif

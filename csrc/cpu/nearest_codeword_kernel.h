@@ -276,7 +276,7 @@ struct Scratch {
 #ifdef VQK_BYTES
   ByteRow* byte_rows;
   int16_t* factors;   // [kMaxRows][2]
-  uint32_t* centred;  // [D + 2 * kLanes]
+  uint8_t* centred;   // [D + kLanes] bytes of a row
 #endif
   char* gathered;     // [n][D] values of the rows `again`
   char* end;
@@ -302,7 +302,7 @@ static Scratch carve(char* memory, int n, int64_t D) {
 #ifdef VQK_BYTES
   take(s.byte_rows, kMaxRows);
   take(s.factors, 2 * kMaxRows);
-  take(s.centred, D + 2 * kLanes);
+  take(s.centred, D + kLanes);
 #endif
   take(s.gathered, n * D * sizeof(double));
   s.end = memory;

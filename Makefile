@@ -29,7 +29,7 @@ TRITON ?= 3.8.0
 triton-versions: $(VENV)/installed
 	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)', triton.__version__"
-	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest tests/test_triton*.py tests/test_ptx*.py tests/test_tuning.py
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_triton*.py tests/test_ptx*.py tests/test_tuning.py
 
 # Projects that depend on vector-quantize-pytorch, trained with it and with ours
 downstream: $(VENV)/installed

@@ -16,66 +16,63 @@ def _note(conditions: dict) -> str:
     return f" ({conditions['peak_note']})" if "peak_note" in conditions else ""
 
 
-def bench_table() -> str:
-    blocks = []
-    for path in sorted(RESULTS.glob("cpu-*.json")):
-        data = json.loads(path.read_text())
-        c = data["conditions"]
-        rows: dict[tuple[str, str], dict[str, dict]] = {}
-        for r in data["records"]:
-            rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
-        rows = {key: group for key, group in rows.items() if not math.isnan(group["vqkernels"]["limit"])}  # no layers
-        lines = [
-            "| operator | shape | vqkernels | of the limit | extra memory | fastest alternative | we are | vector-quantize-pytorch |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for (op, shape), group in rows.items():
-            ours = group["vqkernels"]
-            others = [r for b, r in group.items() if b != "vqkernels" and not r["error"]]
-            best = min(others, key=lambda r: r["median_ms"])
-            incumbent = next(
-                (r for b, r in group.items() if b.startswith("vector-quantize-pytorch") and not r["error"]), None
-            )
-            ratio = best["median_ms"] / ours["median_ms"]
-            lines.append(
-                f"| {op} | {shape.replace('x', '×')} | **{ours['median_ms']:.1f} ms** | {100 * ours['limit']:.0f} % | {ours['extra_mb']:.0f} MB "
-                f"| {best['backend']}: {best['median_ms']:.1f} ms | {ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'} "
-                f"| {_time_and_memory(incumbent)} |"
-            )
-        blocks.append(
-            f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32{_note(c)} and {c['copy_gbps']} GB/s copy; "
-            f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
-            f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.\n\n"
-            + "\n".join(lines)
+def bench_table(machine: str) -> str:
+    path = RESULTS / f"cpu-{machine}.json"
+    data = json.loads(path.read_text())
+    c = data["conditions"]
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in data["records"]:
+        rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
+    rows = {key: group for key, group in rows.items() if not math.isnan(group["vqkernels"]["limit"])}  # no layers
+    lines = [
+        f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32{_note(c)} and {c['copy_gbps']} GB/s copy; "
+        f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
+        f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.",
+        "",
+        "| operator | shape | vqkernels | of the limit | extra memory | fastest alternative | we are | vector-quantize-pytorch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, shape), group in rows.items():
+        ours = group["vqkernels"]
+        others = [r for b, r in group.items() if b != "vqkernels" and not r["error"]]
+        best = min(others, key=lambda r: r["median_ms"])
+        incumbent = next(
+            (r for b, r in group.items() if b.startswith("vector-quantize-pytorch") and not r["error"]), None
         )
-    return "\n\n".join(blocks)
+        lines.append(
+            f"| {op} | {shape.replace('x', '×')} | **{ours['median_ms']:.1f} ms** | {100 * ours['limit']:.0f} % | {ours['extra_mb']:.0f} MB "
+            f"| {best['backend']}: {best['median_ms']:.1f} ms | {_ratio(best, ours)} | {_time_and_memory(incumbent)} |"
+        )
+    return "\n".join(lines)
 
 
-def layers_table() -> str:
+def layers_table(machine: str) -> str:
     """Layers: their records have no limit to be held against."""
-    lines = []
-    for path in sorted(RESULTS.glob("layers-*.json")):
-        data = json.loads(path.read_text())
-        c = data["conditions"]
-        lines += [
-            f"{c['processor']}, {c['threads']} threads, {c['simd']}; torch {c['torch']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit "
-            f"{c['commit']}; `vqkernels bench --op layers --seconds 1 --json bench/results/{path.name}`. A training step is forward, codebook update and backward; "
-            "beside each time the memory beyond the inputs.",
-            "",
-            "| layer | input, options | vqkernels | vector-quantize-pytorch | we are |",
-            "|---|---|---|---|---|",
-        ]
-        theirs = {(r["op"], r["shape"]): r for r in data["records"] if r["backend"] == "vector-quantize-pytorch"}
-        for r in data["records"]:
-            if r["backend"] != "vqkernels":
-                continue
+    path = RESULTS / f"layers-{machine}.json"
+    data = json.loads(path.read_text())
+    c = data["conditions"]
+    lines = [
+        f"{c['processor']}, {c['threads']} threads, {c['simd']}; torch {c['torch']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit "
+        f"{c['commit']}; `vqkernels bench --op layers --seconds 1 --json bench/results/{path.name}`. A training step is forward, codebook update and backward; "
+        "beside each time the memory beyond the inputs.",
+        "",
+        "| layer | input, options | vqkernels | vector-quantize-pytorch | we are |",
+        "|---|---|---|---|---|",
+    ]
+    theirs = {(r["op"], r["shape"]): r for r in data["records"] if r["backend"] == "vector-quantize-pytorch"}
+    for r in data["records"]:
+        if r["backend"] == "vqkernels":
             other = theirs[r["op"], r["shape"]]
-            ratio = other["median_ms"] / r["median_ms"]
             lines.append(
                 f"| {r['op']} | {r['shape']} | **{r['median_ms']:.1f} ms**, {r['extra_mb']:.0f} MB | {other['median_ms']:.1f} ms, {other['extra_mb']:.0f} MB "
-                f"| {ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'} |"
+                f"| {_ratio(other, r)} |"
             )
     return "\n".join(lines)
+
+
+def _ratio(other: dict, ours: dict) -> str:
+    ratio = other["median_ms"] / ours["median_ms"]
+    return f"{ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'}"
 
 
 def _time_and_memory(record: dict | None) -> str:
@@ -126,17 +123,28 @@ def ops_table() -> str:
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    for mark, table in (("bench", bench_table), ("layers", layers_table), ("demo", demo_table), ("ops", ops_table)):
+TABLES = {
+    "README.md": {
+        "bench": lambda: bench_table("zen4"),
+        "layers": lambda: layers_table("zen4"),
+        "demo": demo_table,
+        "ops": ops_table,
+    },
+    "bench/README.md": {"bench": lambda: bench_table("zen3"), "layers": lambda: layers_table("zen3")},
+}
+
+
+def render(name: str) -> str:
+    text = (ROOT / name).read_text()
+    for mark, table in TABLES[name].items():
         block = f"<!-- {mark}:begin -->\n\n{table()}\n\n<!-- {mark}:end -->"
         text = re.sub(rf"<!-- {mark}:begin -->.*<!-- {mark}:end -->", lambda _, block=block: block, text, flags=re.S)
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    current = readme.read_text()
-    updated = render(current)
+    stale = [name for name in TABLES if render(name) != (ROOT / name).read_text()]
     if "--check" in sys.argv:
-        sys.exit("README.md is out of date: run python bench/readme.py" if updated != current else 0)
-    readme.write_text(updated)
+        sys.exit(f"stale tables in {', '.join(stale)}; run: python bench/readme.py" if stale else 0)
+    for name in stale:
+        (ROOT / name).write_text(render(name))

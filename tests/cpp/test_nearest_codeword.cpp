@@ -3,6 +3,7 @@
 //
 //   tests/cpp/run                 builds this with g++ in seconds and runs the checks
 //   tests/cpp/run sanitize        the same under ASan and UBSan
+//   tests/cpp/run decisions 100000000     with other data, until so many rows were compared
 //   [VQK_SIMD=level] tests/cpp/run bench [N K D]    timings at the shapes of docs/numerics.md
 //
 // Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2.
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <ctime>
 #include <functional>
+#include <map>
 #include <limits>
 #include <random>
 #include <string>
@@ -286,6 +288,24 @@ int check() {
   return failures ? 1 : 0;
 }
 
+// Many rows of every kind against codebooks of ordinary size, until so many were compared.
+int decide(int64_t wanted) {
+  Random random(20260102);
+  std::map<std::string, int64_t> rows;
+  while (checks < wanted && !failures)
+    for (const auto& [data, draw] : kData)
+      for (Metric metric : {Metric::l2, Metric::cosine, Metric::dot}) {
+        const int64_t before = checks, K = 32 + random() % 200, D = 4 + random() % 28;
+        const DType dtype = std::array{DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16}[random() % 5];
+        check_nearest(random, data, draw, dtype, metric, 1, 10000, K, D, false);
+        rows[data] += checks - before;
+      }
+  for (const auto& [data, count] : rows) std::printf("%-20s %11lld rows\n", data.c_str(), (long long)count);
+  std::printf("%lld rows compared at %zu SIMD levels with 1 and 2 threads, %lld failures\n", (long long)checks,
+              levels().size(), (long long)failures);
+  return failures ? 1 : 0;
+}
+
 // ---------------------------------------------------------------- bench
 
 // One thread is timed by its CPU time, which other programs on the machine disturb less; two by the clock.
@@ -410,5 +430,6 @@ void bench(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   if (argc > 1 && !std::strcmp(argv[1], "bench")) return bench(argc, argv), 0;
+  if (argc > 2 && !std::strcmp(argv[1], "decisions")) return decide(std::atoll(argv[2]));
   return check();
 }

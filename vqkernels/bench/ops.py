@@ -23,6 +23,15 @@ USAGE = ((4_194_304, 8192),)
 SUMS = ((262144, 1024, 64),)
 KMEANS = ((100_000, 256, 32),)
 FSQ = ((1_048_576, [8, 5, 5, 5]),)
+SHAPES = {
+    "nearest_codeword": NEAREST,
+    "residual_quantize": RESIDUAL,
+    "rotation_trick": ROTATION,
+    "codebook_usage": USAGE,
+    "codeword_sums": SUMS,
+    "fsq": FSQ,
+    "kmeans": KMEANS,
+}
 
 
 def _regret_gate(z: Tensor, codebook: Tensor, take: Callable) -> Callable:

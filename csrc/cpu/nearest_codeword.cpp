@@ -55,7 +55,7 @@ bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DTy
 #ifdef VQK_TEST_BYTES  // wherever they can be used
   return true;
 #endif
-  return D >= format.pays_D && K >= 512 && K * D >= format.pays_KD && rows >= 1024;
+  return D >= 8 && K >= 512 && K * D >= format.pays_KD && rows >= 1024;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.

@@ -54,12 +54,12 @@ struct ByteLengths {
 };
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
-// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from D and K D on, measured.
+// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from so many K D on, measured.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
   double half_norm;
-  int64_t pays_D, pays_KD;
+  int64_t pays_KD;
 };
 
 // One SIMD level's functions; see nearest_codeword_kernel.h.

@@ -35,7 +35,7 @@
 
 constexpr int64_t kMostByteFeatures = 1024;
 #ifdef VQK_QUADS
-constexpr int kStepFeatures = 4, kTickLanes = kLanes, kLargestByte = 127, kPaysD = 8, kPaysKD = 16384;
+constexpr int kStepFeatures = 4, kTickLanes = kLanes, kLargestByte = 127, kPaysKD = 16384;
 constexpr int64_t kChunkFeatures = kMostByteFeatures;  // one chunk
 constexpr double kMostHalfNorm = 0x1.fcp21;            // ticks; below 2^22, so that adding 1.5 * 2^23 rounds to integers
 typedef int32_t Tick;  // also what sums start with
@@ -43,7 +43,7 @@ typedef uint32_t TickWord;
 typedef uint32_t CodeBytes;  // a codeword's share of a step
 typedef float HalfNorm;
 #else
-constexpr int kStepFeatures = 2, kTickLanes = 2 * kLanes, kLargestByte = 63, kPaysD = 16, kPaysKD = 32768;
+constexpr int kStepFeatures = 2, kTickLanes = 2 * kLanes, kLargestByte = 63, kPaysKD = 32768;
 constexpr int64_t kChunkFeatures = 64;
 constexpr double kMostHalfNorm = 32766;
 typedef int16_t Tick;
@@ -52,8 +52,8 @@ typedef uint16_t CodeBytes;
 typedef int16_t HalfNorm;  // in half_norm_unit
 #endif
 constexpr int kByteWidth = 2 * kTickLanes;
-constexpr ByteFormat kByteFormat = {kByteWidth,    kStepFeatures, kLargestByte, kChunkFeatures,
-                                    kMostHalfNorm, kPaysD,        kPaysKD};
+constexpr ByteFormat kByteFormat = {kByteWidth,     kStepFeatures, kLargestByte,
+                                    kChunkFeatures, kMostHalfNorm, kPaysKD};
 constexpr int kMostByteGroup = 8;              // panels folded into one vector
 constexpr int kByteCandidates = 64;            // lanes of minima per row; more than that: the next coarse pass
 constexpr double kChunkSum = 32760;            // of products, at most

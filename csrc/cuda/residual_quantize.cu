@@ -275,7 +275,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for (int64_t l = in_group; l < Q && !alive; l += 8) indices[(base + i) * Q + l] = -1;
   }
   __syncthreads();  // the argument of the next one is read before it
-  __syncthreads();
   const int valid = __syncthreads_count(chosen[threadIdx.x] >= 0);
   if (threadIdx.x == 0) counts[blockIdx.x] = valid;
   for (int64_t l = threadIdx.x / 32; l < Q; l += kTileThreads / 32) {

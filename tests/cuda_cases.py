@@ -27,6 +27,7 @@ def codebook_usage(dtype):
         ("more columns than a block counts", (_integers(5, 1, 9000, seed=52, low=-1), 5)),
         ("too many codes for shared memory", (_integers(13000, 1, 900, seed=53, low=-1), 13000)),
         ("misaligned", (_misaligned(_integers(9, 2, 33, seed=54)), 9)),
+        ("codes of K and more", (_integers(14, 2, 200, seed=96, low=-2), 9)),
     ]
 
 
@@ -42,6 +43,7 @@ def codeword_sums(dtype):
         ("two passes", (_randn(2, 900, 9, seed=60, dtype=dtype), many, 300)),
         ("misaligned", (_misaligned(_randn(1, 70, 16, seed=61, dtype=dtype)), codes[:, :70], 70)),
         ("more columns than a block", (_randn(1, 20, 300, seed=62, dtype=dtype), codes[:, :20] % 3, 3)),
+        ("codes of K and more", (_randn(2, 90, 4, seed=97, dtype=dtype), _integers(14, 2, 90, seed=98, low=-2), 9)),
     ]
     if dtype == torch.float32:
         out.append(("collapsed", (z[..., :2].contiguous(), torch.full((1, 5000), 1), 2)))
@@ -89,6 +91,9 @@ def residual_quantize_backward(dtype):
         indices = _integers(K, 1, N, 2, seed=70)
         indices[0, 1, 0] = -(D % 2)  # a row that is skipped, or not
         out.append((f"D{D} estimator{e} per_level{per_level}", (z, books, indices, g, scale, e, per_level)))
+    indices = torch.tensor([[[0, 1], [4, 0], [1, 4], [-1, 5], [2, 3]]])  # of five rows and four codewords
+    z, book = _randn(1, 5, 12, seed=99, dtype=dtype), _randn(1, 4, 12, seed=100, dtype=dtype)
+    out.append(("indices of K and more", (z, [book] * 2, indices, z.flip(1), scale, 1, False)))
     z, book = _randn(2, 9, 12, seed=71, dtype=dtype), _randn(2, 7, 12, seed=72, dtype=dtype, scale=0.2)
     indices, levels = _integers(7, 2, 9, 20, seed=73), scale[:1].repeat(20) * 0.1
     out.append(("one codebook, 20 levels", (z, [book] * 20, indices, z.flip(1), levels, 1, False)))

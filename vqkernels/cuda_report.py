@@ -29,7 +29,8 @@ class Plan:
     """What a kernel is meant to be. ``file``, ``kernel``: regular expressions for the start of the file's name, and of
     the kernel's with its template arguments. ``registers``: the most a thread may hold. ``shared``: dynamic bytes that
     its launcher asks for at an ordinary size, and ``most`` at any (0: as much). ``tiles``: it asks for them by TILES.
-    ``loops``: instructions that must stand in a loop. ``load``: bits of the widest global load, at least. ``fences``: it orders memory between blocks."""
+    ``loops``: instructions that must stand in a loop. ``load``: bits of the widest global load, at least. ``fences``:
+    it orders memory between blocks."""
 
     file: str
     kernel: str
@@ -42,7 +43,8 @@ class Plan:
     fences: bool = False
 
 
-TILES = {"sm_80": (2, 2), "sm_90": (3, 3), "sm_100": (3, 3), "sm_120": (2, 3)}  # stages, resident of csrc/cuda/tiles.cuh
+# stages, resident of csrc/cuda/tiles.cuh
+TILES = {"sm_80": (2, 2), "sm_90": (3, 3), "sm_100": (3, 3), "sm_120": (2, 3)}
 CHUNK = 16 << 10
 TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")  # matrix products, their operands' loads, copies in the background
 SEARCHES = "nearest_codeword|residual_quantize$"
@@ -227,12 +229,12 @@ def _line(kernel: str, rows: list[Row]) -> str:
         return " ".join(sorted(names - {""})) or "–"
 
     plan = rows[0].plan
-    most = each(lambda row: dynamic(row)[1])
+    ordinary, most = (each(lambda row, i=i: dynamic(row)[i]) for i in (0, 1))
     cells = (
         f"`{kernel}`",
         each(lambda row: row.threads),
         each(lambda row: row.code.registers) + (f" ≤ {plan.registers}" if plan else ""),
-        each(lambda row: row.code.static_shared) + f" + {each(lambda row: dynamic(row)[0])}" + f" ({most})" * (most != "0"),
+        each(lambda row: row.code.static_shared) + f" + {ordinary}" + f" ({most})" * (most != "0"),
         each(lambda row: fit(row).blocks),
         each(lambda row: f"{fit(row).share:.0%}"),
         each(lambda row: fit(row).limit),

@@ -10,6 +10,7 @@ tests/cuda/calls.h how an operator is added.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import re
@@ -105,9 +106,10 @@ def build(wanted: list[tuple[str, str]], folder: Path = FOLDER, kernels: Path = 
     ninja_file.write_text("\n".join(lines) + f"\ndefault {' '.join(targets)}\n")
     ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     cores = str(len(os.sched_getaffinity(0)))
-    out = subprocess.run(
-        [*ninja, "-C", folder, "-f", ninja_file, "-k", "0", "-j", cores], capture_output=True, text=True
-    )
+    with (folder / "lock").open("w") as lock:  # tests of another process want the same programs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [*ninja, "-C", folder, "-f", ninja_file, "-k", "0", "-j", cores]
+        out = subprocess.run(command, capture_output=True, text=True)
     ninja_file.unlink()
     return "" if out.returncode == 0 else (out.stdout + out.stderr)[-8000:]
 

@@ -37,10 +37,12 @@ def codeword_sums(dtype):
     codes = _integers(70, 1, 5000, seed=56, low=-3).clamp(min=-1)
     few = torch.where(_integers(9, 1, 700, seed=57) > 0, 2, 0)
     many = _integers(300, 2, 900, seed=58)
+    piece = torch.tensor([0] * 256 + [1] * 257 + [3] * 256)[torch.randperm(769)][None]
     out = [
         ("several tiles", (z, codes, 70)),
         ("a piece and two places", (_randn(1, 700, 40, seed=59, dtype=dtype), few, 3)),
         ("two passes", (_randn(2, 900, 9, seed=60, dtype=dtype), many, 300)),
+        ("just a piece, and a row more", (_randn(1, 769, 8, seed=101, dtype=dtype), piece, 4)),
         ("misaligned", (_misaligned(_randn(1, 70, 16, seed=61, dtype=dtype)), codes[:, :70], 70)),
         ("more columns than a block", (_randn(1, 20, 300, seed=62, dtype=dtype), codes[:, :20] % 3, 3)),
         ("codes of K and more", (_randn(2, 90, 4, seed=97, dtype=dtype), _integers(14, 2, 90, seed=98, low=-2), 9)),
@@ -146,6 +148,12 @@ def trie_topk(dtype):
     ]
 
 
+def unlike(N: int, D: int, dtype):
+    """Rows too large, too small and of a size to be compared with codewords around one."""
+    scales = torch.tensor([2.0**63, 2.0**-70, 1.0, 1.0] if dtype != torch.float16 else [1.0], dtype=torch.float64)
+    return (_randn(1, N, D, seed=103, dtype=torch.float64) * scales.repeat(N)[:N, None]).to(dtype)
+
+
 def nearest_codeword(dtype):
     """Rows of one, two and more chunks, several heads and tiles, a codebook in parts, more listed rows than a block;
     the same for few features."""
@@ -168,6 +176,13 @@ def nearest_codeword(dtype):
     out.append(("few features, many alike", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 1, 11, seed=79) + _randn(1, 40, 11, seed=80, scale=2.0**-20)
     out.append(("few features, nearly equal", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
+    for D in (32, 11):
+        z, c = unlike(60, D, dtype), _randn(1, 140, D, seed=102, dtype=dtype)
+        c[0, 0, 3], c[0, 100, 0] = torch.nan, torch.inf
+        out.append((f"D{D}, rows out of scale", (z, c, None, 0, True)))
+        if dtype == torch.float64:  # squares that no bound covers; sums of infinities
+            out.append((f"D{D}, beyond safe exponents", (z * 1e140, c * 1e140, None, 0, True)))
+            out.append((f"D{D}, sums that are not numbers", (z * 1e200, c * 1e200, None, 2, True)))
     c = _randn(1, 150, 20, seed=83, dtype=dtype)
     out.append(("fast", (c[:, ::3].contiguous() * 1.25, c, None, 0, False)))
     return out
@@ -185,6 +200,18 @@ def residual_quantize(dtype):
     out.append(("ten levels", (z, [book] * 9 + [book[:, :7]], None, 0)))
     book = book[:, :1].expand(1, 30, 18)
     out.append(("all alike", (z, [book, book], None, 2)))
+    books = [_randn(1, K, 24, seed=K, dtype=dtype) for K in (70, 20)]
+    books[0][0, 0, 3] = torch.nan
+    z = unlike(40, 24, dtype)
+    out.append(("rows out of scale", (z, books, None, 0)))
+    if dtype == torch.float64:
+        # rows of the second head end in its second level, with residuals above the largest number
+        far = [torch.full((1, K, 24), x, dtype=dtype) for K, x in ((60, -6e307), (40, -1.2e308))]
+        ends = [torch.cat([_randn(1, x.shape[1], 24, seed=105, dtype=dtype), x]) for x in far]
+        last = torch.cat([_randn(1, 40, 24, seed=104, dtype=dtype), torch.full((1, 40, 24), 6e307, dtype=dtype)])
+        for n in (40, 3):
+            out.append(("sums that are not numbers", (z[:, :n] * 1e200, [b * 1e200 for b in books], None, 2)))
+            out.append(("residuals that overflow", (last[:, :n], ends, None, 0)))
     return out
 
 

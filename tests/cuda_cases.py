@@ -183,6 +183,10 @@ def nearest_codeword(dtype):
         if dtype == torch.float64:  # squares that no bound covers; sums of infinities
             out.append((f"D{D}, beyond safe exponents", (z * 1e140, c * 1e140, None, 0, True)))
             out.append((f"D{D}, sums that are not numbers", (z * 1e200, c * 1e200, None, 2, True)))
+    for D, apart in ((24, 2.0**-16), (11, 2.0**-22)):  # codewords 2 k and 2 k + 1, whose scores one thread keeps
+        c = _randn(1, 80, D, seed=106, dtype=torch.float64)
+        c = torch.stack([c, c + _randn(1, 80, D, seed=107, dtype=torch.float64) * apart], 2).flatten(1, 2)
+        out.append((f"D{D}, twins", (_randn(1, 70, D, seed=108, dtype=dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 150, 20, seed=83, dtype=dtype)
     out.append(("fast", (c[:, ::3].contiguous() * 1.25, c, None, 0, False)))
     return out

@@ -148,7 +148,6 @@ VALUES = {
         "the other half of the codewords is left out": ("lowest[r].join(other[place.first_row + 8 * r]);", ""),
         "the lane beside is left out": ("lowest[r].join(lowest[r].from_lane(1));", ""),
         "listed rows are limited to the best": ("limits[slot] = found ? lowest.best + margin : HUGE_VALF", "limits[slot] = found ? lowest.best : HUGE_VALF"),
-        "rows without a score have no nearest": ("usable && !decided", "usable && found && !decided"),
         "a masked row has a distance": ("masked ? 0.0 : found", "found"),
         "a masked row has an index": ("indices[row] = masked ? -1 : found.index", "indices[row] = found.index"),
         "cosine is not 1 - cos": ("found.value + 1 : found.value", "found.value : found.value"),

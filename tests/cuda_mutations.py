@@ -149,7 +149,6 @@ VALUES = {
         "the lane beside is left out": ("lowest[r].join(lowest[r].from_lane(1));", ""),
         "listed rows are limited to the best": ("limits[slot] = found ? lowest.best + margin : HUGE_VALF", "limits[slot] = found ? lowest.best : HUGE_VALF"),
         "a masked row has a distance": ("masked ? 0.0 : found", "found"),
-        "a masked row has an index": ("indices[row] = masked ? -1 : found.index", "indices[row] = found.index"),
         "cosine is not 1 - cos": ("found.value + 1 : found.value", "found.value : found.value"),
         "heads share a codebook": ("codebook[(their_h * K + code) * D", "codebook[code * D"),
         "compare: sums that are NaN": ("choice.hopeless ? -1 : choice.index", "choice.index"),

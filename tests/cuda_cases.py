@@ -42,7 +42,7 @@ def codeword_sums(dtype):
         ("several tiles", (z, codes, 70)),
         ("a piece and two places", (_randn(1, 700, 40, seed=59, dtype=dtype), few, 3)),
         ("two passes", (_randn(2, 900, 9, seed=60, dtype=dtype), many, 300)),
-        ("just a piece, and a row more", (_randn(1, 769, 8, seed=101, dtype=dtype), piece, 4)),
+        ("just a piece, and a row more", (_integers(9, 1, 769, 8, seed=101, low=-9).to(dtype), piece, 4)),
         ("misaligned", (_misaligned(_randn(1, 70, 16, seed=61, dtype=dtype)), codes[:, :70], 70)),
         ("more columns than a block", (_randn(1, 20, 300, seed=62, dtype=dtype), codes[:, :20] % 3, 3)),
         ("codes of K and more", (_randn(2, 90, 4, seed=97, dtype=dtype), _integers(14, 2, 90, seed=98, low=-2), 9)),

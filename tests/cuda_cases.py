@@ -16,7 +16,13 @@ from vqkernels.samples import _integers, _misaligned, _randn
 def rotation_trick_backward(dtype):
     """One and two pieces a lane, and rows that are read again; the whole number of pieces and not."""
     width = 16 // dtype.itemsize
-    return [
+    z, q, g = (_randn(9, 24, seed=110 + i, dtype=dtype) for i in range(3))
+    apart = (
+        []
+        if dtype == torch.float16
+        else [("lengths too far apart", (z, q * 2.0**24, g, 1)), ("and the other way", (z * 2.0**24, q, g, 2))]
+    )
+    return apart + [
         (f"N{N} D{D} estimator{e}", (*(_randn(N, D, seed=51 + i, dtype=dtype) for i in range(3)), e))
         for N, D, e in ((9, 32 * width, 1), (9, 33 * width, 2), (3, 64 * width, 1), (3, 65 * width, 2), (30, 4096, 1))
     ]
@@ -134,6 +140,7 @@ def trie_topk(dtype):
         ("one beam", (_misaligned(logits[:, :1].contiguous()), scores[:, :1], states[:, :1], *trie, 17)),
         ("300 alike", (*flat, torch.zeros_like(states), *trie, 300)),
         ("hostile logits", (hostile, scores, states, *trie, 500)),
+        ("more results than finite ones", (hostile[:, :1].contiguous(), scores[:, :1], states[:, :1], *trie, 400)),
         (
             "hostile scores",
             (

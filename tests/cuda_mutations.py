@@ -94,10 +94,8 @@ VALUES = {
     "trie_topk.cu": {
         "a sum is not scaled": ("sum *= exponential(top - origin);", ""),
         "-inf - -inf in a lane": ("higher == kLowest ? 0 : higher", "higher"),
-        "-inf - -inf between lanes": ("top == highest ? sum : ", ""),
         "-inf is a candidate": ("if (total == -static_cast<R>(INFINITY)) continue;", ""),
         "NaN by its bits": ("if (total != total) return ~bits_t<R>{0};", ""),
-        "-0 below 0": ("Key<R>::bits(total + R(0))", "Key<R>::bits(total)"),
         "keys of negative totals": ("bits & kSign ? ~bits : bits | kSign", "bits | kSign"),
         "ties go to the highest token": ("place_list[j] < at", "place_list[j] > at"),
         "the k-th key is left out": ("at <= place)", "at < place)"),

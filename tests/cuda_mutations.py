@@ -72,7 +72,6 @@ VALUES = {
         "the part along q": ("-sign * gamma * along / nq", "gamma * along / nq"),
         "no plane of rotation": ("if (!(length2 >= 1e-6)) return straight;", ""),
         "lengths too far apart": ("gamma >= 1e-6 && gamma <= 1e6", "gamma > 0"),
-        "NaN in a row that goes straight": ("straight() ? g : ", ""),
     },
     "rotation_trick.cu": {
         "33 pieces in one a lane": ("pieces <= 32", "pieces <= 33"),

@@ -16,7 +16,13 @@ from vqkernels.samples import _integers, _misaligned, _randn
 def rotation_trick_backward(dtype):
     """One and two pieces a lane, and rows that are read again; the whole number of pieces and not."""
     width = 16 // dtype.itemsize
-    return [
+    z, q, g = (_randn(9, 24, seed=110 + i, dtype=dtype) for i in range(3))
+    apart = (
+        []
+        if dtype == torch.float16
+        else [("lengths too far apart", (z, q * 2.0**24, g, 1)), ("and the other way", (z * 2.0**24, q, g, 2))]
+    )
+    return apart + [
         (f"N{N} D{D} estimator{e}", (*(_randn(N, D, seed=51 + i, dtype=dtype) for i in range(3)), e))
         for N, D, e in ((9, 32 * width, 1), (9, 33 * width, 2), (3, 64 * width, 1), (3, 65 * width, 2), (30, 4096, 1))
     ]
@@ -27,6 +33,7 @@ def codebook_usage(dtype):
         ("more columns than a block counts", (_integers(5, 1, 9000, seed=52, low=-1), 5)),
         ("too many codes for shared memory", (_integers(13000, 1, 900, seed=53, low=-1), 13000)),
         ("misaligned", (_misaligned(_integers(9, 2, 33, seed=54)), 9)),
+        ("codes of K and more", (_integers(14, 2, 200, seed=96, low=-2), 9)),
     ]
 
 
@@ -36,12 +43,15 @@ def codeword_sums(dtype):
     codes = _integers(70, 1, 5000, seed=56, low=-3).clamp(min=-1)
     few = torch.where(_integers(9, 1, 700, seed=57) > 0, 2, 0)
     many = _integers(300, 2, 900, seed=58)
+    piece = torch.tensor([0] * 256 + [1] * 257 + [3] * 256)[_integers(2**40, 769, seed=109).argsort()][None]
     out = [
         ("several tiles", (z, codes, 70)),
         ("a piece and two places", (_randn(1, 700, 40, seed=59, dtype=dtype), few, 3)),
         ("two passes", (_randn(2, 900, 9, seed=60, dtype=dtype), many, 300)),
+        ("just a piece, and a row more", (_integers(9, 1, 769, 8, seed=101, low=-9).to(dtype), piece, 4)),
         ("misaligned", (_misaligned(_randn(1, 70, 16, seed=61, dtype=dtype)), codes[:, :70], 70)),
         ("more columns than a block", (_randn(1, 20, 300, seed=62, dtype=dtype), codes[:, :20] % 3, 3)),
+        ("codes of K and more", (_randn(2, 90, 4, seed=97, dtype=dtype), _integers(14, 2, 90, seed=98, low=-2), 9)),
     ]
     if dtype == torch.float32:
         out.append(("collapsed", (z[..., :2].contiguous(), torch.full((1, 5000), 1), 2)))
@@ -89,6 +99,9 @@ def residual_quantize_backward(dtype):
         indices = _integers(K, 1, N, 2, seed=70)
         indices[0, 1, 0] = -(D % 2)  # a row that is skipped, or not
         out.append((f"D{D} estimator{e} per_level{per_level}", (z, books, indices, g, scale, e, per_level)))
+    indices = torch.tensor([[[0, 1], [4, 0], [1, 4], [-1, 5], [2, 3]]])  # of five rows and four codewords
+    z, book = _randn(1, 5, 12, seed=99, dtype=dtype), _randn(1, 4, 12, seed=100, dtype=dtype)
+    out.append(("indices of K and more", (z, [book] * 2, indices, z.flip(1), scale, 1, False)))
     z, book = _randn(2, 9, 12, seed=71, dtype=dtype), _randn(2, 7, 12, seed=72, dtype=dtype, scale=0.2)
     indices, levels = _integers(7, 2, 9, 20, seed=73), scale[:1].repeat(20) * 0.1
     out.append(("one codebook, 20 levels", (z, [book] * 20, indices, z.flip(1), levels, 1, False)))
@@ -127,6 +140,7 @@ def trie_topk(dtype):
         ("one beam", (_misaligned(logits[:, :1].contiguous()), scores[:, :1], states[:, :1], *trie, 17)),
         ("300 alike", (*flat, torch.zeros_like(states), *trie, 300)),
         ("hostile logits", (hostile, scores, states, *trie, 500)),
+        ("more results than finite ones", (hostile[:, :1].contiguous(), scores[:, :1], states[:, :1], *trie, 400)),
         (
             "hostile scores",
             (
@@ -139,6 +153,12 @@ def trie_topk(dtype):
         ),
         ("whole pieces", (logits[..., :288].contiguous(), scores, states, *trie[:1], trie[1] % 288, trie[2], 9)),
     ]
+
+
+def unlike(N: int, D: int, dtype):
+    """Rows too large, too small and of a size to be compared with codewords around one."""
+    scales = torch.tensor([2.0**63, 2.0**-70, 1.0, 1.0] if dtype != torch.float16 else [1.0], dtype=torch.float64)
+    return (_randn(1, N, D, seed=103, dtype=torch.float64) * scales.repeat(N)[:N, None]).to(dtype)
 
 
 def nearest_codeword(dtype):
@@ -163,6 +183,17 @@ def nearest_codeword(dtype):
     out.append(("few features, many alike", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 1, 11, seed=79) + _randn(1, 40, 11, seed=80, scale=2.0**-20)
     out.append(("few features, nearly equal", (z.repeat(1, 2, 1).to(dtype), c.to(dtype), None, 0, True)))
+    for D in (32, 11):
+        z, c = unlike(60, D, dtype), _randn(1, 140, D, seed=102, dtype=dtype)
+        c[0, 0, 3], c[0, 100, 0] = torch.nan, torch.inf
+        out.append((f"D{D}, rows out of scale", (z, c, None, 0, True)))
+        if dtype == torch.float64:  # squares that no bound covers; sums of infinities
+            out.append((f"D{D}, beyond safe exponents", (z * 1e140, c * 1e140, None, 0, True)))
+            out.append((f"D{D}, sums that are not numbers", (z * 1e200, c * 1e200, None, 2, True)))
+    for D, apart in ((24, 2.0**-16), (11, 2.0**-22)):  # codewords 2 k and 2 k + 1, whose scores one thread keeps
+        c = _randn(1, 80, D, seed=106, dtype=torch.float64)
+        c = torch.stack([c, c + _randn(1, 80, D, seed=107, dtype=torch.float64) * apart], 2).flatten(1, 2)
+        out.append((f"D{D}, twins", (_randn(1, 70, D, seed=108, dtype=dtype), c.to(dtype), None, 0, True)))
     c = _randn(1, 150, 20, seed=83, dtype=dtype)
     out.append(("fast", (c[:, ::3].contiguous() * 1.25, c, None, 0, False)))
     return out
@@ -180,6 +211,18 @@ def residual_quantize(dtype):
     out.append(("ten levels", (z, [book] * 9 + [book[:, :7]], None, 0)))
     book = book[:, :1].expand(1, 30, 18)
     out.append(("all alike", (z, [book, book], None, 2)))
+    books = [_randn(1, K, 24, seed=K, dtype=dtype) for K in (70, 20)]
+    books[0][0, 0, 3] = torch.nan
+    z = unlike(40, 24, dtype)
+    out.append(("rows out of scale", (z, books, None, 0)))
+    if dtype == torch.float64:
+        # rows of the second head end in its second level, with residuals above the largest number
+        far = [torch.full((1, K, 24), x, dtype=dtype) for K, x in ((60, -6e307), (40, -1.2e308))]
+        ends = [torch.cat([_randn(1, x.shape[1], 24, seed=105, dtype=dtype), x]) for x in far]
+        last = torch.cat([_randn(1, 40, 24, seed=104, dtype=dtype), torch.full((1, 40, 24), 6e307, dtype=dtype)])
+        for n in (40, 3):
+            out.append(("sums that are not numbers", (z[:, :n] * 1e200, [b * 1e200 for b in books], None, 2)))
+            out.append(("residuals that overflow", (last[:, :n], ends, None, 0)))
     return out
 
 

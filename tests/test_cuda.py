@@ -82,6 +82,7 @@ BUGS = {
 SHORT = (
     *("data race", "heap-buffer-overflow", "out of bounds", "waits for lane", "multiple of 16", "warp divergence"),
     *("barrier divergence", "divergent", "depends on the order", "uninitialised", "race", "the device has"),
+    *("heap-use-after-free", "runtime error"),
 )
 
 

@@ -43,7 +43,8 @@ class Plan:
     fences: bool = False
 
 
-TILES = {"sm_80": (2, 2), "sm_90": (3, 3), "sm_100": (3, 3), "sm_120": (2, 3)}  # csrc/cuda/tiles.cuh: stages, resident
+# stages, resident of csrc/cuda/tiles.cuh
+TILES = {"sm_80": (2, 2), "sm_90": (3, 3), "sm_100": (3, 3), "sm_120": (2, 3)}
 CHUNK = 16 << 10
 TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")  # matrix products, their operands' loads, copies in the background
 SEARCHES = "nearest_codeword|residual_quantize$"
@@ -228,7 +229,7 @@ def _line(kernel: str, rows: list[Row]) -> str:
         return " ".join(sorted(names - {""})) or "–"
 
     plan = rows[0].plan
-    ordinary, most = (each(lambda row, i=i: dynamic(row)[i]) for i in range(2))
+    ordinary, most = (each(lambda row, i=i: dynamic(row)[i]) for i in (0, 1))
     cells = (
         f"`{kernel}`",
         each(lambda row: row.threads),

@@ -15,8 +15,9 @@
 // counts at least K indices, so clearing and adding up its bins stays the smaller part.
 // Numerics: a block counts fewer than 2^32 indices in 32 bits; 64 bits across blocks.
 // Determinism: integer sums: any order gives the same result.
-// Shared memory: min(8, 12288 / K) histograms of 4 K bytes, at most 48 KB. Registers: about 32: 8 blocks of 256
-// threads a multiprocessor where shared memory allows.
+// Shared memory: min(8, 12288 / K) histograms of 4 K bytes, at most 48 KB. Registers: 32 to 40: 6 blocks of 256 threads a
+// multiprocessor where shared memory allows.
+// Limits: none in S, N and K.
 // Run on emulators only: timings and tuning are open.
 #include "common.cuh"
 #include "vqk/launch.h"

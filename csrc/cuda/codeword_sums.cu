@@ -24,8 +24,8 @@
 // Numerics: added in double, rounded once. Row i of a piece goes to lane i mod 16, lanes are added by halves, pieces
 // likewise: the order, and so the bits, of the Triton kernel.
 // Determinism: atomics only count; the order of additions depends on the indices alone.
-// Shared memory: scatter 8 KB; add 2 (double), 4 (float), 8 KB (16-bit). Registers: scatter 62; add 32, 40, 73: 6, 6
-// and 3 blocks a multiprocessor.
+// Shared memory: scatter 8 KB; add 2 (double), 4 (float), 8 KB (16-bit). Registers: scatter 64 at most; add 56, 64 and 80
+// at most: 4, 4 and 3 blocks a multiprocessor.
 // Limits: H N and H K below 2^31. Memory: codeword_sums_workspace, at most 16 bytes a row, 4 a codeword, D / 16 a row.
 // Run on emulators only: timings and tuning are open.
 #include "pieces.cuh"

@@ -21,7 +21,7 @@
 // which keeps its digits where 1 - tanh^2 cancels: within about 10 + |z| units in the last place.
 // Determinism: rows are independent.
 // Shared memory: 1032 d bytes and the thresholds, at most 25 KB; addresses are spread so that neither the pieces nor the
-// rows of a warp meet in a bank. Registers: 30 to 46: 5 to 8 blocks a multiprocessor.
+// rows of a warp meet in a bank. Registers: 28 to 44: 5 to 8 blocks a multiprocessor.
 // Limits: d up to 30, levels from 2 on with a product below 2^31. Above 256 thresholds the arguments take up to 26 KB,
 // which CUDA 12.1 allows.
 // Run on emulators only: timings and tuning are open.

@@ -23,13 +23,13 @@
 // Numerics: docs/numerics.md. A coarse score chooses a winner only where the bound (vqk/error_bound.h) proves it:
 // results are bit equal to the reference whatever the arithmetic. certified = false takes the lowest coarse score.
 // Determinism: a list's order depends on the order of blocks; rows are decided one by one, so results do not.
-// Shared memory and registers planned: 48 to 96 KB by D and architecture, tiles.cuh; 240 registers, no spills: two blocks
+// Shared memory and registers planned: 48 to 96 KB by D and architecture, tiles.cuh; 255 registers at most, no spills: two blocks
 // a multiprocessor, one where it has 100 KB and rows more than 128 bytes. Grids of loops, and the splits, fill the
 // device once, as cudaOccupancyMaxActiveBlocksPerMultiprocessor counts. No more than 2^31 blocks of 128 rows.
 // Limits: codebooks of equal codewords, and clusters much farther from the origin than they are wide, send every row
 // to compare, and there every codeword to float64: right, and slow. GeForce cards have 1/64 of the float64 rate: there
 // the canonical distances of the winners, 3 N D operations, may take longer than the coarse pass.
-// Compiled, not run: timings and tuning are open.
+// Run on emulators only: timings and tuning are open.
 #include "few.cuh"
 #include "vqk/launch.h"
 

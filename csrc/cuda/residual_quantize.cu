@@ -28,10 +28,10 @@
 // (docs/numerics.md). fp16 for every dtype: scaled to its own exponent a residual keeps 11 bits at any level.
 // Subtractions and additions are one IEEE operation an element. Losses add squares in double.
 // Determinism: no atomics but of bits; sums in a fixed order: the same on every run.
-// Shared memory and registers planned: 3 to 6 chunks of 16 KB and 5.5 KB; up to 254 registers, no spills: two blocks a
+// Shared memory and registers planned: 3 to 6 chunks of 16 KB and 6 KB; 255 registers at most, no spills: two blocks a
 // multiprocessor, one where it has 100 KB (sm_86, 89, 120).
 // Limits: as nearest_codeword's; rows alone make blocks, so fewer than 128 x 2 x multiprocessors rows leave some idle.
-// Compiled, not run: timings and tuning are open.
+// Run on emulators only: timings and tuning are open.
 #include "coarse.cuh"
 #include "vqk/launch.h"
 
@@ -275,7 +275,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for (int64_t l = in_group; l < Q && !alive; l += 8) indices[(base + i) * Q + l] = -1;
   }
   __syncthreads();  // the argument of the next one is read before it
-  __syncthreads();
   const int valid = __syncthreads_count(chosen[threadIdx.x] >= 0);
   if (threadIdx.x == 0) counts[blockIdx.x] = valid;
   for (int64_t l = threadIdx.x / 32; l < Q; l += kTileThreads / 32) {
@@ -388,7 +387,8 @@ void run(const ResidualQuantizeParams& p, void* workspace, cudaStream_t stream) 
   A *residual = static_cast<A*>(w.residual), *unit = static_cast<A*>(w.unit);
   T* quantized = static_cast<T*>(p.quantized);
   if (rows > 0 && w.scan) {
-    VQK_LAUNCH_TASKS(scan_kernel<T>, (rows + 3) / 4, kScanThreads, 0, stream, z, w.levels, p.mask, residual, unit, p.indices, quantized, w.sums, w.counts, rows, p.N, p.Q, p.D, p.metric);
+    VQK_LAUNCH_TASKS(scan_kernel<T>, (rows + 3) / 4, kScanThreads, 0, stream, z, w.levels, p.mask, residual, unit,
+                     p.indices, quantized, w.sums, w.counts, rows, p.N, p.Q, p.D, p.metric);
   } else if (rows > 0) {
     const int shared = w.tiles.chunks(chunks_of(copy_bytes<Fp16>(p.D))) * kChunkBytes;
     allow_shared(levels_kernel<T>, shared);

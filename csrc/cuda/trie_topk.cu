@@ -18,8 +18,9 @@
 // Work and bytes: logits read once, 4 flops a logit, memory bound; then passes + 1 looks at the children (8 bytes of
 // token and one logit each, from the caches), and k^2 comparisons.
 // Numerics: exp within 2 units in the last place, sums in float (double for double). NaN logits make their beam NaN, and
-// NaN totals come first, as in torch.sort. Determinism: fixed order of sums; atomics only count and append.
-// Shared memory: 1 KB of bins. Registers: 40: 4 blocks of 512 threads a multiprocessor.
+// NaN totals come first, as in torch.sort.
+// Determinism: fixed order of sums; atomics only count and append.
+// Shared memory: 1 KB of bins. Registers: 64 at most: 2 blocks of 512 threads a multiprocessor.
 // Limits: W V below 2^32. Memory: trie_topk_workspace, 32 bytes a beam and 12 a result.
 // Run on emulators only: timings and tuning are open.
 #include "pieces.cuh"

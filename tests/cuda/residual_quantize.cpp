@@ -1,10 +1,20 @@
+#include <cstring>
+
 #include "calls.h"
 
 VQK_CALL(residual_quantize) {
   const Array& z = call.in(0);
   std::vector<const void*> codebooks;
   std::vector<int64_t> K;
-  for (const Array& codebook : call.list(1)) codebooks.push_back(codebook.data), K.push_back(codebook.size(1));
+  const Array* before = nullptr;
+  for (const Array& codebook : call.list(1)) {
+    // Equal codebooks, and the beginning of one, lie in the same place, as those of a shared codebook and its view do.
+    const bool shared = before && codebook.bytes() <= before->bytes() &&
+                        (codebook.shape == before->shape || codebook.size(0) == 1) &&
+                        !std::memcmp(codebook.data, before->data, codebook.bytes());
+    if (!shared) before = &codebook;
+    codebooks.push_back(before->data), K.push_back(codebook.size(1));
+  }
   const vqk::ResidualQuantizeParams p{.z = z.data,
                                       .codebooks = codebooks.data(),
                                       .K = K.data(),

@@ -185,17 +185,18 @@ def mutants(file: Path) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield name, text.replace(stands, replacement), ("plain",)
 
 
-def sources_of(program: str) -> list[Path]:
-    """The .cu file and the headers that it alone, or first in the alphabet, includes."""
-    folder, owner = cuda_harness.ROOT / "csrc/cuda", {}
+def users() -> dict[Path, list[str]]:
+    """The programs that each source is part of."""
+    folder, out = cuda_harness.ROOT / "csrc/cuda", {}
     for name in cuda_harness.programs():
-        waiting = [f"{name}.cu"]
+        waiting, seen = [f"{name}.cu"], set()
         while waiting:
             file = waiting.pop()
-            if file not in owner:
-                owner[file] = name
+            if file not in seen:
+                seen.add(file)
+                out.setdefault(folder / file, []).append(name)
                 waiting += re.findall(r'^#include "(\w+\.cuh)"', (folder / file).read_text(), re.M)
-    return [folder / file for file, name in sorted(owner.items()) if name == program and file != "ptx.cuh"]
+    return {file: programs for file, programs in sorted(out.items()) if file.name != "ptx.cuh"}
 
 
 def noticed(program: str, builds: tuple[str, ...], place: Path) -> str:
@@ -214,17 +215,16 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         shutil.copytree(cuda_harness.ROOT / "csrc/cuda", place / "cuda")
-        for program in cuda_harness.programs():
-            for source in sources_of(program):
-                for what, text, builds in mutants(source):
-                    name = f"{source.name}: {what}"
-                    if words and not any(word in name for word in words):
-                        continue
-                    (place / "cuda" / source.name).write_text(text)
-                    said = noticed(program, builds, place)
-                    count, missed = count + 1, missed + (not said)
-                    print(f"{name:70} {said or 'NOT NOTICED'}", flush=True)
-                    (place / "cuda" / source.name).write_text(source.read_text())
+        for source, programs in users().items():
+            for what, text, builds in mutants(source):
+                name = f"{source.name}: {what}"
+                if words and not any(word in name for word in words):
+                    continue
+                (place / "cuda" / source.name).write_text(text)
+                said = next(filter(None, (noticed(program, builds, place) for program in programs)), "")
+                count, missed = count + 1, missed + (not said)
+                print(f"{name:70} {said or 'NOT NOTICED'}", flush=True)
+                (place / "cuda" / source.name).write_text(source.read_text())
     print(f"{count} mutations, {missed} not noticed")
     return int(missed > 0 or count == 0)
 

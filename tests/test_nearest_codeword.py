@@ -216,6 +216,19 @@ def test_leading_shapes_heads_and_mask():
     assert vq.nearest_codeword(z[:, :0], c)[0].shape == (2, 0, 5)
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("N", [2, 300])
+def test_finite_doubles_whose_sums_overflow(metric, N):
+    """Sums that overflow tie at infinity; infinities of both signs, which only products have, leave a row undecided."""
+    z, c = draw("gaussian", N, 8).double(), draw("gaussian", 40, 8, seed=1).double()
+    z[::2] *= 1e200
+    c[5:] *= 1e200
+    want = reference(z[None], c[None], None, {"l2": 0, "dot": 2}[metric], True)
+    index, distance = vq.nearest_codeword(z, c, metric=metric)
+    assert torch.equal(index, want[0][0]) and torch.equal(distance.nan_to_num(-7.0), want[1][0].nan_to_num(-7.0))
+    assert (index[::2] < 0).any() == (metric == "dot") and (index[1::2] >= 0).all()
+
+
 def test_non_finite_rows_and_codewords():
     z, c = draw("gaussian", 6, 8), draw("gaussian", 5, 8, seed=1)
     z[1, 3], z[4, 0] = float("nan"), float("inf")

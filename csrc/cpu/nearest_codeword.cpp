@@ -324,6 +324,10 @@ void scan_few_rows(const NearestCodewordParams& p, const Parallel& parallel) {
     double lowest = std::numeric_limits<double>::quiet_NaN();
     for (int64_t c = 0; usable && c < chunks; ++c) {
       const int64_t at = (row / p.N * chunks + c) * p.N + row % p.N;
+      if (index[at] < 0 && std::isinf(value[at])) {  // undecided, see nearest_codeword_canonical.h
+        best = -1, lowest = std::numeric_limits<double>::quiet_NaN();
+        break;
+      }
       if (index[at] >= 0 && (best < 0 || value[at] < lowest)) best = c * chunk + index[at], lowest = value[at];
     }
     p.indices[row] = best;

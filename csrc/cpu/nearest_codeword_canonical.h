@@ -85,6 +85,10 @@ VQK_INLINE bool all_finite(const T* x, int64_t D) {
   return true;
 }
 
+// The value of a row, with index -1, where products of a finite fp64 pair overflowed to infinities that cancel (dot):
+// nothing is lower, so no codeword replaces it.
+constexpr double kUndecided = -__builtin_huge_val();
+
 // Collects (row, codeword) pairs and keeps each row's best: lowest cost, then lowest index.
 template <class T, bool L2>
 struct Decision {
@@ -115,7 +119,9 @@ struct Decision {
     // Not finite, rarely: a codeword that must not win, or finite fp64 values whose cost overflows.
     if (__builtin_expect(total - total != 0, 0)) {
       for (int j = 0; j < count; ++j)
-        if (all_finite(c[j], D)) update(row[j], code[j], cost[j] == cost[j] ? cost[j] : __builtin_huge_val());
+        if (!all_finite(c[j], D)) continue;
+        else if (cost[j] == cost[j]) update(row[j], code[j], cost[j]);
+        else index[row[j]] = -1, value[row[j]] = kUndecided;
     } else if (row[0] == row[kPairs - 1]) {  // one row: its pairs come with ascending codes, mostly
       double best = cost[0];
       int64_t best_code = code[0];

@@ -408,6 +408,9 @@ static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, 
     }
   }
   decision.finish();
+  if (kDouble && !L2)
+    for (int i = 0; i < n; ++i)
+      if (index[i] < 0) value[i] = __builtin_nan("");
   return again;
 }
 

@@ -6,6 +6,7 @@ and resumed goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from ..data import DataError
@@ -93,6 +93,8 @@ class _Run:
         groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrix]} for matrix in (True, False)]
         groups[1]["weight_decay"] = 0.0
         optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
+        # what is evaluated is a model of its own: a quantizer that a forward pass starts must not be the trained one
+        self.judged = copy.deepcopy(self.task.model).to(accelerator.device).eval()
         self.model, self.optimizer = accelerator.prepare(self.task.model, optimizer)
         self.average = _Average(self.task.model, settings.ema)
         self.step, self.best, self.waited, self.seconds = 0, math.inf, 0, 0.0
@@ -209,15 +211,14 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Losses of the averaged weights on held-out images; keeps the weights as the run's model, or only if they are
         the best where the run has a patience."""
-        settings, model = self.config.train, self.task.model.eval()
-        device, totals, count, indices = self.accelerator.device, {}, 0, []
-        averaged = lambda *args, **kwargs: functional_call(model, self.average.state, args, kwargs)  # noqa: E731
+        settings, device, totals, count, indices = self.config.train, self.accelerator.device, {}, 0, []
+        self.judged.load_state_dict(self.average.state)
         images = torch.utils.data.Subset(self.task.test, range(min(settings.evaluate_images, len(self.task.test))))
         size = settings.batch_size // settings.accumulate
         for batch in DataLoader(images, size, num_workers=self.config.data.workers, generator=torch.Generator()):
             batch = _to(batch, device)
             with self.accelerator.autocast():
-                losses = self.task.losses(averaged, batch, self.step)
+                losses = self.task.losses(self.judged, batch, self.step)
             many = len(next(iter(batch.values())))
             for name, value in losses.scalars.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * many

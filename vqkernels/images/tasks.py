@@ -33,6 +33,7 @@ class ImageTask:
         self.config = config
         self.train, self.test = open_sources(config, source)
         self.facts = {"channels": self.train.channels, "classes": self.train.classes}
+        self.model = build_model(config, self.facts)
         image = self.train[0]["image"]
         step = config.model.downsample
         if image.shape[1] % step or image.shape[2] % step:
@@ -40,7 +41,6 @@ class ImageTask:
                 f"images of {image.shape[2]} x {image.shape[1]} pixels do not divide by model.downsample={step}. "
                 f"Set data.size to a multiple of {step}"
             )
-        self.model = build_model(config, self.facts)
 
     def losses(self, model: nn.Module, batch: dict, step: int) -> Losses:
         options = {}

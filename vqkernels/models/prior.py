@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.progress import progress_bar
 
 try:
-    from transformers import GPT2Config, GPT2Model
+    from transformers import DynamicCache, GPT2Config, GPT2Model
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         TemperatureLogitsWarper,
@@ -125,11 +125,11 @@ class Prior(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         training, offset = self.training, self._offset(device)
         self.eval()
-        inputs, past, drawn = self._start(condition, count, device), None, []
+        inputs, cache, drawn = self._start(condition, count, device), DynamicCache(), []
         with progress_bar(progress, "Sampling", self.codes) as advance:
             for place in range(self.codes):
-                out = self.gpt(inputs_embeds=inputs, past_key_values=past, use_cache=True)
-                past = out.past_key_values
+                # the cache by its place: its name differs between versions of transformers
+                out = self.gpt(None, cache, inputs_embeds=inputs, use_cache=True)
                 scores = warp(None, self._logits(out.last_hidden_state[:, -1], place % self.levels).float())
                 drawn.append(torch.multinomial(scores.softmax(-1), 1, generator=generator))
                 inputs = self.gpt.wte(drawn[-1] + offset[place])

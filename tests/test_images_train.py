@@ -53,6 +53,11 @@ def config(kind="vqvae", model=None, data=None, **settings):
     )
 
 
+def told(message):
+    """An error for the user, which holds this message."""
+    return pytest.raises(ValueError, match=re.escape(message))  # DataError is one
+
+
 def curve(folder):
     """All records without the seconds, the one thing that differs from run to run."""
     return [{name: value for name, value in record.items() if name != "seconds"} for record in read_metrics(folder)]
@@ -243,12 +248,30 @@ def test_resuming_a_finished_run_changes_nothing(tokenizer):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed processes")
+def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
+    still = {"model": {"options": {"kmeans_init": False, "threshold_ema_dead_code": 0.0}}}
+    (tmp_path / "given.yaml").write_text(dump_config(config(**still)))
+    (tmp_path / "run.py").write_text(
+        "import sys, torch; torch.set_num_threads(1); from vqkernels.images import load_config, train; "
+        "train(load_config(sys.argv[1]), sys.argv[2], progress=False)"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, tmp_path / "run.py", tmp_path / "given.yaml", tmp_path / "two"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    train(config(**still, batch_size=32), tmp_path / "one", progress=False)
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    assert runs.load_state(tmp_path / "two")[0]["random"]["cpu"].shape[0] == 2
+    with told("was trained by 2 processes, not 1. Resume it with as many"):
+        train(config(**still), tmp_path / "two", resume=True, progress=False)
+
+
 # ---------------------------------------------------------------- bad input
-
-
-def told(message):
-    """An error for the user, which holds this message."""
-    return pytest.raises(ValueError, match=re.escape(message))  # DataError is one
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def train(config: RunConfig, out, *, resume: bool = False, source=None, progress
         raise DataError(f"{out} holds a run. Choose another folder, or resume it")
     kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)] if config.kind == "vqgan" else []
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes of torchrun without a GPU would not find each other
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         kwargs_handlers=kwargs,

@@ -24,7 +24,8 @@ try:
 except ImportError:
     raise ImportError("configuration files need pyyaml. Run: pip install 'vqkernels[images]'") from None
 
-KINDS = ("vqvae", "vqgan", "prior")
+NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQ-GAN", "prior": "Prior"}
+KINDS = tuple(NAMES)
 PRECISIONS = ("no", "bf16", "fp16")
 
 

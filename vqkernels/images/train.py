@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ..data import DataError
 from ..data.catalogue import write_atomic
 from ..data.progress import progress_bar
-from .config import RunConfig, TrainConfig, config_to_dict
+from .config import NAMES, RunConfig, TrainConfig, config_to_dict
 from .runs import (
     CONFIG,
     METRICS,
@@ -160,7 +160,7 @@ class _Run:
         micro = self._batches(self.step * settings.accumulate)
         window: list[tuple[dict[str, Tensor], Tensor | None]] = []
         began = time.perf_counter() - self.seconds
-        name = {"vqvae": "VQ-VAE", "vqgan": "VQ-GAN", "prior": "Prior"}[self.config.kind]
+        name = NAMES[self.config.kind]
         bar = progress if accelerator.is_main_process else False
         with self._writer() as write, progress_bar(bar, name, settings.steps) as advance:
             advance(self.step)

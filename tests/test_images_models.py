@@ -86,6 +86,9 @@ def test_the_fixed_codebook_stays_where_the_data_were():
 
 
 def test_names_and_options_are_checked():
+    for options in ({"width": 1}, {"dim": 0}, {"channels": 0}):
+        with told("1, 2 and 1 or more are needed"):
+            VQVAE(**options)
     with told("quantizer 'magic' is unknown. Use one of vq, residual, simvq, fsq"):
         make_quantizer("magic", 4, 8)
     with told("quantizer 'simvq' has the estimators 'rotation' and 'ste', not 'gumbel'"):
@@ -253,8 +256,9 @@ def test_bad_arguments_of_a_prior_are_told():
         Prior(5, (3,))
     with told("classes and text_dim exclude each other"):
         Prior(5, (2, 2), classes=2, text_dim=3)
-    with told("width=10 is no multiple of heads=4"):
-        Prior(5, (2, 2), width=10, heads=4)
+    for options in ({"width": 10, "heads": 4}, {"heads": 0}, {"depth": 0}):
+        with told("1 or more each, and width a multiple of heads"):
+            Prior(5, (2, 2), **options)
     prior = small()
     with told("codes of shape [1, 2, 2]; [B, 3, 2] fits"):
         prior(torch.zeros(1, 2, 2, dtype=torch.int64), torch.tensor([0]))

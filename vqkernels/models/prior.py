@@ -55,8 +55,10 @@ class Prior(nn.Module):
             raise ValueError(f"Prior: shape={shape}; (h, w) or (h, w, levels) is needed, as VQVAE.encode gives codes")
         if classes is not None and text_dim is not None:
             raise ValueError("Prior: classes and text_dim exclude each other; a condition is a class or a text")
-        if width % heads:
-            raise ValueError(f"Prior: width={width} is no multiple of heads={heads}")
+        if min(width, heads, depth) < 1 or width % heads:
+            raise ValueError(
+                f"Prior: width={width}, depth={depth}, heads={heads}; 1 or more each, and width a multiple of heads"
+            )
         self.codebook_size, self.shape = codebook_size, shape
         self.classes, self.text_dim = classes, text_dim
         self.levels, self.codes = shape[2] if len(shape) == 3 else 1, torch.Size(shape).numel()

@@ -206,6 +206,15 @@ def test_a_code_is_predicted_from_the_earlier_ones_and_the_condition(shape):
     assert ((other - out.logits).abs().amax((1, 2)) > 1e-4).all()
 
 
+def test_every_level_has_embeddings_of_its_own():
+    prior, codes = small((1, 1, 3), classes=None).eval(), torch.tensor([[[[4, 2, 1]]]])
+    for level in (0, 1):
+        before = prior(codes).logits
+        with torch.no_grad():
+            prior.gpt.wte.weight[5 * level + codes[0, 0, 0, level]] += 1
+        assert not torch.allclose(prior(codes).logits[:, 2], before[:, 2])
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3)])
 def test_sampling_with_kept_keys_is_sampling_from_the_whole(shape):
     """The likeliest codes one by one, each from a forward over all the earlier ones."""

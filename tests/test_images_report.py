@@ -314,3 +314,5 @@ def test_one_code_alone_is_what_an_area_of_it_decodes_to():
 def test_folders_that_are_no_run(tmp_path):
     result = vqkernels("report", tmp_path)
     assert result.exit_code == 2 and "holds no run. Give a folder that vqkernels train" in plain(result)
+    result = vqkernels("report", tmp_path / "none")
+    assert result.exit_code == 2 and "none does not exist. Give a folder that vqkernels train" in plain(result)

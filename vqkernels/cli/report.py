@@ -42,7 +42,7 @@ def report(
             console.print(sentence)
     elif not (run / "results.json").is_file():
         raise DataError(
-            f"{run} holds no run. Give a folder that vqkernels train, compare, compare-codebooks or demo wrote"
+            f"{run} {'holds no run' if run.is_dir() else 'does not exist'}. Give a folder that vqkernels train, compare, compare-codebooks or demo wrote"
         )
     else:
         page = _recommendation(run, console)

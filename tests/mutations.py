@@ -44,6 +44,9 @@ CERTIFIED = "tests/test_triton_nearest_codeword.py::test_search_in_the_interpret
 TUNING, REPORT = "tests/test_tuning.py", "tests/test_triton_report.py"
 RESIDUALS = "triton_kernels/residual_quantize.py"
 ON_RESIDUALS = "tests/test_triton_residual_quantize.py::test_in_the_interpreter"
+TRAIN, ON_TRAIN, ON_MODELS = "vqkernels/images/train.py", "tests/test_images_train.py", "tests/test_images_models.py"
+KILLED = f"{ON_TRAIN}::test_a_killed_run_goes_on_as_if_nothing_had_happened"
+GAN, PRIOR = "vqkernels/models/vqgan.py", "vqkernels/models/prior.py"
 MUTATIONS = {
     "rotation trick becomes straight-through": (
         "vqkernels/ops/rotation_trick.py", r"ctx\.estimator = estimator", "ctx.estimator = 0", GRADIENTS),
@@ -388,6 +391,34 @@ MUTATIONS = {
         RESIDUALS, r"five_dots\(residual, c, g\)", "five_dots(first, c, g)", ON_RESIDUALS),
     "triton: long rows of the rotation lose their first step": (
         "triton_kernels/rotation_trick.py", r"zz, qq, zq, zg, qg = zz \+ zz1, qq \+ qq1", "zz, qq, zq, zg, qg = zz1, qq + qq1", ON_RESIDUALS),
+    "images: a resumed run has a new optimizer": (
+        TRAIN, r'restore_optimizer\(self\.optimizer, tensors\["optimizer"\]\)', "pass", KILLED),
+    "images: a resumed run averages anew": (
+        TRAIN, r'self\.average\.load\(tensors\["average"\]\)', "pass", KILLED),
+    "images: a resumed run draws anew": (
+        TRAIN, r'self\._set_random\(tensors\["random"\]\)', "pass", KILLED),
+    "images: a resumed run repeats records": (
+        TRAIN, r'if record\["step"\] <= self\.step\]', "]", KILLED),
+    "images: a resumed run begins its epoch anew": (
+        TRAIN, r"\[first % each :\]", "[:]", KILLED),
+    "images: an evaluation moves the trained model": (
+        TRAIN, r"copy\.deepcopy\(self\.task\.model\)", "self.task.model", KILLED),
+    "images: processes do not find each other": (
+        TRAIN, r"cpu=not torch\.accelerator\.is_available\(\),", "", f"{ON_TRAIN}::test_two_processes_train_as_one_with_the_joined_batch"),
+    "images: the last weights are kept, not the best": (
+        TRAIN, r"if \(best or not settings\.patience\)", "if (True)", f"{ON_TRAIN}::test_early_stopping_keeps_the_best"),
+    "images: the adversarial loss teaches the discriminator": (
+        GAN, r"fixed = \{name: value\.detach\(\)", "fixed = {name: value", ON_MODELS),
+    "images: the discriminator's loss teaches the decoder": (
+        GAN, r"out\.reconstruction\.detach\(\)\)", "out.reconstruction)", ON_MODELS),
+    "images: the adaptive weight is upside down": (
+        GAN, r"theirs / \(its \+ 1e-4\)", "its / (theirs + 1e-4)", ON_MODELS),
+    "images: levels share one embedding": (
+        PRIOR, r"% self\.levels \* self\.codebook_size", "% self.levels * 0", ON_MODELS),
+    "images: the cache of earlier codes is not used": (
+        PRIOR, r"self\.gpt\(None, cache,", "self.gpt(None, None,", ON_MODELS),
+    "images: tiles see too little of their neighbours": (
+        "vqkernels/images/pictures.py", r"HALO = 8 ", "HALO = 2 ", "tests/test_images_cli.py::test_tiles_show_no_seam"),
 }  # fmt: skip
 
 

@@ -296,7 +296,7 @@ def test_report_of_a_prior_judges_its_samples(runs, monkeypatch):
     monkeypatch.setattr(pages, "train_classifier", short)
     page = pages.write_report(runs / "prior", progress=False).read_text()
     assert_offline(page)
-    assert all(f"<h2>{title}" in page for title in (*SECTIONS, "Generated images"))
+    assert all(f"<h2>{title}" in page for title in (*SECTIONS, "Generated images", "Training of the tokenizer"))
     assert re.search(r"<b>[\d.]+ %</b> of 80 real test images and of <b>[\d.]+ %</b> of 30 generated ones", page)
 
 
@@ -313,4 +313,6 @@ def test_one_code_alone_is_what_an_area_of_it_decodes_to():
 
 def test_folders_that_are_no_run(tmp_path):
     result = vqkernels("report", tmp_path)
-    assert result.exit_code == 2 and "results.json does not exist" in plain(result)
+    assert result.exit_code == 2 and "holds no run. Give a folder that vqkernels train" in plain(result)
+    result = vqkernels("report", tmp_path / "none")
+    assert result.exit_code == 2 and "none does not exist. Give a folder that vqkernels train" in plain(result)

@@ -40,6 +40,9 @@ def report(
         console.print(table(results))
         for sentence in verdicts(results):
             console.print(sentence)
+    elif not (run / "results.json").is_file():
+        what = "holds no run" if run.is_dir() else "does not exist"
+        raise DataError(f"{run} {what}. Give a folder that vqkernels train, compare, compare-codebooks or demo wrote")
     else:
         page = _recommendation(run, console)
     console.print(f"\nWrote {page}", soft_wrap=True)

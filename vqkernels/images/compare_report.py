@@ -78,7 +78,9 @@ def write_report(out) -> Path:
         ),
     ):
         image = draw(results)
-        if image is not None:
+        if image is None:
+            (out / f"{name}.png").unlink(missing_ok=True)
+        else:
             write_atomic(out / f"{name}.png", image)
             pictures.append(f"<h2>{title}</h2>{picture(image, caption)}")
     write_atomic(out / "report.html", _page(results, pictures).encode())
@@ -100,7 +102,7 @@ def _page(results: dict, pictures: list[str]) -> str:
     parts = [
         f"<h1>Codebooks on {html.escape(settings['data'])}</h1>",
         f"<p class='lead'>A small VQ-VAE, trained for {settings['steps']} steps with each gradient estimator, each "
-        f"remedy against collapse and each codebook size; up to {runs} seeds.</p>",
+        f"remedy against collapse and each codebook size; {runs} seed{'s' * (runs > 1)}.</p>",
         f"<div class='wide'><table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>",
         "<p class='note'>Mean ± standard deviation over the seeds, on test images. Reconstruction error: mean squared, "
         "of pixels in [0, 1]. Perceptual distance: between maps of EfficientNet-Lite0. FID-like: Fréchet distance of "
@@ -135,7 +137,7 @@ def _draw_training(results) -> bytes | None:
     groups = _rows(results, "none", results["settings"]["sizes"][0])
     if not groups:
         return None
-    canvas, axes = figure(1, 2, 9, 3)
+    canvas, axes = figure(1, 2, 9, 3.3)
     for ax, (name, title, scale) in zip(
         axes[0], (("usage", "usage, %", 100), ("perplexity", "perplexity", 1)), strict=True
     ):
@@ -150,7 +152,7 @@ def _draw_training(results) -> bytes | None:
         ax.set_title(title, fontsize=10, fontweight="bold", loc="left")
         ax.set_xlabel("step", fontsize=8)
         ax.set_yscale("log")
-    axes[0, 1].legend(fontsize=8, frameon=False, loc="center left")
+    _legend(canvas, axes[0, 0])
     return png(canvas)
 
 
@@ -163,17 +165,16 @@ def _draw_gradients(results) -> bytes | None:
     ):
         values = {kind: [r[kind][name] for r in rows if name in r[kind]] for kind in KINDS}
         if all(values.values()):
-            panels.append((title, values))
+            panels.append((name, title, values))
     if not panels:
         return None
     canvas, axes = figure(1, len(panels), 9, 2.6)
-    for ax, (title, values) in zip(axes[0], panels, strict=True):
+    for ax, (name, title, values) in zip(axes[0], panels, strict=True):
         means = [statistics.fmean(v) for v in values.values()]
         spreads = [statistics.pstdev(v) for v in values.values()]
-        labels = [ESTIMATORS[kind] for kind in KINDS]
+        numbers = [f"{mean:.{2 if name == 'angle' else 3}f}" for mean in means]
+        labels = [f"{ESTIMATORS[kind]}\n{number}" for kind, number in zip(KINDS, numbers, strict=True)]
         ax.bar(labels, means, 0.6, yerr=spreads, color=[COLORS[k] for k in KINDS], ecolor="#475569", capsize=3)
-        for place, mean in enumerate(means):
-            ax.annotate(f"{mean:.3f}" if abs(mean) >= 0.0005 else "0", (place, 0), (6, 4), textcoords="offset points")
         ax.set_title(title, fontsize=10, fontweight="bold", loc="left")
     return png(canvas)
 
@@ -196,7 +197,7 @@ def _draw_sizes(results) -> bytes | None:
     curves = _curves(results)
     if len(results["settings"]["sizes"]) < 2 or not curves:
         return None
-    canvas, axes = figure(1, 3, 11, 3)
+    canvas, axes = figure(1, 3, 11, 3.3)
     for ax, (name, title) in zip(
         axes[0],
         (("usage", "usage, %"), ("perplexity", "perplexity"), ("reconstruction_error", "reconstruction error")),
@@ -214,16 +215,16 @@ def _draw_sizes(results) -> bytes | None:
             ax.set_yscale("log")
         ax.set_title(title, fontsize=10, fontweight="bold", loc="left")
         ax.set_xlabel("codewords", fontsize=8)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="lower left")
+    _legend(canvas, axes[0, 0])
     return png(canvas)
 
 
 def _draw_speed(results) -> bytes | None:
     wanted = (("rotation", "none"), ("rotation", "simvq"), ("ste", "fsq"))
     timed = [r for r in results["rows"] if r.get("incumbent_step_ms") and (r["estimator"], r["remedy"]) in wanted]
-    if not timed:
+    if len({r["codes"] for r in timed}) < 2:
         return None
-    canvas, axes = figure(1, 1, 9, 3)
+    canvas, axes = figure(1, 1, 9, 3.6)
     ax = axes[0, 0]
     for key, (estimator, remedy) in zip(("rotation", "simvq", "fsq"), wanted, strict=True):
         rows = sorted((r for r in timed if case_of(r)[:2] == (estimator, remedy)), key=lambda r: r["codes"])
@@ -247,8 +248,13 @@ def _draw_speed(results) -> bytes | None:
     ax.set_yscale("log")
     ax.set_xlabel("codewords", fontsize=8)
     ax.set_ylabel("ms", fontsize=8)
-    ax.legend(fontsize=8, frameon=False)
+    _legend(canvas, ax, 3)
     return png(canvas)
+
+
+def _legend(canvas, ax, columns: int = 5) -> None:
+    """Below all panels, where it hides no curve."""
+    canvas.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _draw_reconstructions(out: Path, results) -> bytes | None:

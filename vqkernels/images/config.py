@@ -24,7 +24,8 @@ try:
 except ImportError:
     raise ImportError("configuration files need pyyaml. Run: pip install 'vqkernels[images]'") from None
 
-KINDS = ("vqvae", "vqgan", "prior")
+NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQ-GAN", "prior": "Prior"}
+KINDS = tuple(NAMES)
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -117,9 +118,21 @@ class RunConfig:
     def __post_init__(self):
         _one_of("kind", self.kind, KINDS)
         _one_of("train.precision", self.train.precision, PRECISIONS)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "evaluate_every"):
-            if getattr(self.train, name) < 1:
-                raise DataError(f"train.{name} is {getattr(self.train, name)}; 1 or more is needed")
+        counts = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "evaluate_every",
+            "evaluate_images",
+        )
+        for names, least in ((counts, 1), (("warmup", "weight_decay", "clip", "patience"), 0)):
+            for name in names:
+                if not getattr(self.train, name) >= least:
+                    raise DataError(f"train.{name} is {getattr(self.train, name)}; {least} or more is needed")
+        if not 0 < self.train.lr < float("inf"):
+            raise DataError(f"train.lr is {self.train.lr}; a number above 0 is needed")
         if self.train.batch_size % self.train.accumulate:
             raise DataError(
                 f"train.batch_size is {self.train.batch_size}, no multiple of train.accumulate "

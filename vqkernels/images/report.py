@@ -15,7 +15,7 @@ from ..info import machine
 from ..models import VQVAE
 from ..pages import facts, figure, page, picture, png, sheet
 from .classifier import accuracy, train_classifier
-from .config import config_to_dict
+from .config import NAMES, config_to_dict
 from .pictures import grid, load_tokenizer, sample
 from .runs import load_run, read_metrics
 
@@ -42,7 +42,7 @@ def write_report(run, *, seed: int = 0, progress=None) -> Path:
     counts = use.counts.reshape(tokenizer.levels, -1)
     error = float((restored - images).square().mean())
     parts = [
-        f"<h1>{config.kind} on {html.escape(str(config.data.source))}</h1>",
+        f"<h1>{NAMES[config.kind]} on {html.escape(str(config.data.source))}</h1>",
         f"<p class='lead'>An image of {images.shape[3]} x {images.shape[2]} pixels becomes "
         f"{codes[0].numel()} codes of {tokenizer.codebook_size}.</p>",
         facts(
@@ -75,8 +75,8 @@ def write_report(run, *, seed: int = 0, progress=None) -> Path:
         "<h2>What changing one token does</h2>",
         picture(
             _one_token(tokenizer, restored, codes, counts[0]),
-            "The code in the middle replaced by the most used ones; below, how much each pixel changes, the same scale "
-            "throughout.",
+            "The code in the middle replaced by others, from often to seldom used; below, how much each pixel changes, "
+            "the same scale throughout.",
         ),
     ]
     for folder, title in ((run, "Training"), (run / "tokenizer", "Training of the tokenizer")):
@@ -90,7 +90,7 @@ def write_report(run, *, seed: int = 0, progress=None) -> Path:
         for name, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
     parts += ["<h2>Machine and settings</h2>", facts(machine() | settings)]
-    write_atomic(run / "report.html", page(f"{config.kind} on {config.data.source}", parts).encode())
+    write_atomic(run / "report.html", page(f"{NAMES[config.kind]} on {config.data.source}", parts).encode())
     return run / "report.html"
 
 
@@ -172,7 +172,8 @@ def _neighbours(tokenizer: VQVAE, counts: Tensor) -> bytes:
 
 
 def _one_token(tokenizer: VQVAE, restored: Tensor, codes: Tensor, counts: Tensor) -> bytes:
-    chosen = _most_used(counts, SHOWN - 1)
+    used = _most_used(counts, len(counts))
+    chosen = used[torch.linspace(0, len(used) - 1, min(SHOWN - 1, len(used))).long()]
     rows, y, x = [], codes.shape[1] // 2, codes.shape[2] // 2
     changed, differences = [], []
     for image in range(min(ROWS // 2, len(codes))):

@@ -13,7 +13,7 @@ from ..data import DataError, embed_texts, image_source
 from ..data.catalogue import write_atomic
 from ..data.progress import progress_bar
 from .config import RunConfig
-from .runs import CONFIG, WEIGHTS, build_model, load_run
+from .runs import CONFIG, METRICS, WEIGHTS, build_model, load_run
 
 ENCODE_IMAGES = 256  # at a time
 
@@ -33,6 +33,7 @@ class ImageTask:
         self.config = config
         self.train, self.test = open_sources(config, source)
         self.facts = {"channels": self.train.channels, "classes": self.train.classes}
+        self.model = build_model(config, self.facts)
         image = self.train[0]["image"]
         step = config.model.downsample
         if image.shape[1] % step or image.shape[2] % step:
@@ -40,7 +41,6 @@ class ImageTask:
                 f"images of {image.shape[2]} x {image.shape[1]} pixels do not divide by model.downsample={step}. "
                 f"Set data.size to a multiple of {step}"
             )
-        self.model = build_model(config, self.facts)
 
     def losses(self, model: nn.Module, batch: dict, step: int) -> Losses:
         options = {}
@@ -109,7 +109,7 @@ def tokenizer_of(config: RunConfig, folder: Path) -> nn.Module:
         if tokenizer_config.kind == "prior":
             raise DataError(f"{given} is the run of a prior. Give that of a VQVAE or VQGAN as the tokenizer")
         own.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG, METRICS, WEIGHTS):  # the weights last: where they are, all is
             write_atomic(own / name, (given / name).read_bytes())
         return model
     return load_run(own)[0]

@@ -6,6 +6,7 @@ and resumed goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -16,13 +17,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from ..data import DataError
 from ..data.catalogue import write_atomic
 from ..data.progress import progress_bar
-from .config import RunConfig, TrainConfig, config_to_dict
+from .config import NAMES, RunConfig, TrainConfig, config_to_dict
 from .runs import (
     CONFIG,
     METRICS,
@@ -67,6 +67,7 @@ def train(config: RunConfig, out, *, resume: bool = False, source=None, progress
         raise DataError(f"{out} holds a run. Choose another folder, or resume it")
     kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)] if config.kind == "vqgan" else []
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes of torchrun without a GPU would not find each other
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         kwargs_handlers=kwargs,
@@ -93,6 +94,8 @@ class _Run:
         groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrix]} for matrix in (True, False)]
         groups[1]["weight_decay"] = 0.0
         optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
+        # what is evaluated is a model of its own: a quantizer that a forward pass starts must not be the trained one
+        self.judged = copy.deepcopy(self.task.model).to(accelerator.device).eval()
         self.model, self.optimizer = accelerator.prepare(self.task.model, optimizer)
         self.average = _Average(self.task.model, settings.ema)
         self.step, self.best, self.waited, self.seconds = 0, math.inf, 0, 0.0
@@ -157,7 +160,7 @@ class _Run:
         micro = self._batches(self.step * settings.accumulate)
         window: list[tuple[dict[str, Tensor], Tensor | None]] = []
         began = time.perf_counter() - self.seconds
-        name = {"vqvae": "VQ-VAE", "vqgan": "VQ-GAN", "prior": "Prior"}[self.config.kind]
+        name = NAMES[self.config.kind]
         bar = progress if accelerator.is_main_process else False
         with self._writer() as write, progress_bar(bar, name, settings.steps) as advance:
             advance(self.step)
@@ -209,15 +212,14 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Losses of the averaged weights on held-out images; keeps the weights as the run's model, or only if they are
         the best where the run has a patience."""
-        settings, model = self.config.train, self.task.model.eval()
-        device, totals, count, indices = self.accelerator.device, {}, 0, []
-        averaged = lambda *args, **kwargs: functional_call(model, self.average.state, args, kwargs)  # noqa: E731
+        settings, device, totals, count, indices = self.config.train, self.accelerator.device, {}, 0, []
+        self.judged.load_state_dict(self.average.state)
         images = torch.utils.data.Subset(self.task.test, range(min(settings.evaluate_images, len(self.task.test))))
         size = settings.batch_size // settings.accumulate
         for batch in DataLoader(images, size, num_workers=self.config.data.workers, generator=torch.Generator()):
             batch = _to(batch, device)
             with self.accelerator.autocast():
-                losses = self.task.losses(averaged, batch, self.step)
+                losses = self.task.losses(self.judged, batch, self.step)
             many = len(next(iter(batch.values())))
             for name, value in losses.scalars.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * many

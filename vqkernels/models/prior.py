@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.progress import progress_bar
 
 try:
-    from transformers import GPT2Config, GPT2Model
+    from transformers import DynamicCache, GPT2Config, GPT2Model
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         TemperatureLogitsWarper,
@@ -55,8 +55,10 @@ class Prior(nn.Module):
             raise ValueError(f"Prior: shape={shape}; (h, w) or (h, w, levels) is needed, as VQVAE.encode gives codes")
         if classes is not None and text_dim is not None:
             raise ValueError("Prior: classes and text_dim exclude each other; a condition is a class or a text")
-        if width % heads:
-            raise ValueError(f"Prior: width={width} is no multiple of heads={heads}")
+        if min(width, heads, depth) < 1 or width % heads:
+            raise ValueError(
+                f"Prior: width={width}, depth={depth}, heads={heads}; 1 or more each, and width a multiple of heads"
+            )
         self.codebook_size, self.shape = codebook_size, shape
         self.classes, self.text_dim = classes, text_dim
         self.levels, self.codes = shape[2] if len(shape) == 3 else 1, torch.Size(shape).numel()
@@ -125,11 +127,11 @@ class Prior(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         training, offset = self.training, self._offset(device)
         self.eval()
-        inputs, past, drawn = self._start(condition, count, device), None, []
+        inputs, cache, drawn = self._start(condition, count, device), DynamicCache(), []
         with progress_bar(progress, "Sampling", self.codes) as advance:
             for place in range(self.codes):
-                out = self.gpt(inputs_embeds=inputs, past_key_values=past, use_cache=True)
-                past = out.past_key_values
+                # the cache by its place: its name differs between versions of transformers
+                out = self.gpt(None, cache, inputs_embeds=inputs, use_cache=True)
                 scores = warp(None, self._logits(out.last_hidden_state[:, -1], place % self.levels).float())
                 drawn.append(torch.multinomial(scores.softmax(-1), 1, generator=generator))
                 inputs = self.gpt.wte(drawn[-1] + offset[place])

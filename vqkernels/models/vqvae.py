@@ -55,6 +55,8 @@ class VQVAE(nn.Module):
         stages = downsample.bit_length() - 1
         if stages < 1 or downsample != 1 << stages:
             raise ValueError(f"VQVAE: downsample={downsample}; a power of two from 2 on is needed")
+        if min(channels, width // 2, dim) < 1:
+            raise ValueError(f"VQVAE: channels={channels}, width={width}, dim={dim}; 1, 2 and 1 or more are needed")
         self.channels, self.downsample = channels, downsample
         down: list[nn.Module] = []
         up: list[nn.Module] = []

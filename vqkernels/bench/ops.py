@@ -61,7 +61,7 @@ def _chunked_addmm(z: Tensor, c: Tensor, chunk: int) -> Tensor:
 
 
 def _best_chunk(z: Tensor, c: Tensor) -> Callable:
-    chunks = [n for n in (256, 1024, 4096, 16384) if n <= z.shape[0]]
+    chunks = [n for n in (256, 1024, 4096, 16384) if n <= z.shape[0]] or [z.shape[0]]
     best = min(chunks, key=lambda n: time_call(lambda: _chunked_addmm(z, c, n), 0.0)[0])
     return lambda: _chunked_addmm(z, c, best)
 

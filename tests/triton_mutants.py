@@ -79,7 +79,7 @@ MUTANTS = {
         ("N13 K17 D33",)),
     "search: no error bound": (
         "search", r"return \(lost \+ rounded \+ canonical \+ subnormal\)", "return 0 * (lost + rounded + canonical + subnormal)",
-        "nearest_codeword", BF16, ("near ties",)),
+        "nearest_codeword", F32, ("near ties",)),
     "search: what rounding takes away is forgotten": (
         "search", r"lost = ratio \* \(z_error", "lost = 0 * ratio * (z_error", "nearest_codeword", F32, ("near ties",)),
     "search: the second best is the last seen": (

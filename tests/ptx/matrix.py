@@ -54,8 +54,9 @@ def rows() -> list[tuple[str, str, str]]:
     ]
 
 
-def check(op: str, dtype: str, target: str) -> Row:
-    """Every case with its own seed; the first one with an even and an odd one, and with the race check."""
+def check(op: str, dtype: str, target: str, whole: bool = False) -> Row:
+    """Every case with its own seed; the first one with an even and an odd one, and with the race check. ``whole``: every
+    case of the registry, whatever its size."""
     from vqkernels import triton_kernels, verify
     from vqkernels.registry import SPECS
 
@@ -65,7 +66,8 @@ def check(op: str, dtype: str, target: str) -> Row:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     spec, launcher = SPECS[op], triton_kernels.launcher(op)
     row, start = Row(op, dtype, target), time.process_time()
-    for number, (label, args) in enumerate(chosen(spec, getattr(torch, dtype), target)):
+    cases = (everything if whole else chosen)(spec, getattr(torch, dtype), target)
+    for number, (label, args) in enumerate(cases):
         for seed, racecheck in ((0, False), (1, False), (2, True)) if number == 0 else ((number, False),):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -103,6 +105,10 @@ def chosen(spec, dtype, target):
     return [*hostile_search(dtype).get(spec.name, []), every[0], *every[1 + offset % share :: share]]
 
 
+def everything(spec, dtype, target):
+    return [*hostile_search(dtype).get(spec.name, []), *spec.samples(dtype), *spec.edges(dtype)]
+
+
 def _largest(args) -> int:
     """The largest size of any dimension."""
     sizes = [
@@ -116,7 +122,12 @@ def _largest(args) -> int:
 if __name__ == "__main__":
     import sys
 
+    # python -m ptx.matrix [--whole] WORD ...: the rows that hold every word, one line each
+    whole, words = "--whole" in sys.argv, [word for word in sys.argv[1:] if word != "--whole"]
+    wrong = 0
     for op, dtype, target in rows():
-        if all(word in f"{op} {dtype} {target}" for word in sys.argv[1:]):
-            row = check(op, dtype, target)
+        if all(word in f"{op} {dtype} {target}" for word in words):
+            row = check(op, dtype, target, whole)
+            wrong += len(row.wrong)
             print(row, *row.wrong, sep="\n    ", flush=True)
+    sys.exit(wrong > 0)

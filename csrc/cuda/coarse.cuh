@@ -202,15 +202,9 @@ __device__ Margin row_margin(int64_t D, double magnitude, Lengths row, const Lar
 constexpr int kCopyThreads = 256;
 constexpr int64_t kCopyRows = kCopyThreads / 8;
 
-// Blocks (rows of a head, heads) of a kernel that loops over both.
-template <class Kernel>
-dim3 grid_of_heads(Kernel kernel, int threads, int shared_bytes, int64_t tasks, int64_t H) {
-  const unsigned heads = static_cast<unsigned>(H < 65535 ? H : 65535);
-  return {grid_of(kernel, threads, shared_bytes, tasks, heads), heads};
-}
 template <class Kernel>
 dim3 copy_grid(Kernel kernel, int64_t H, int64_t rows) {
-  return grid_of_heads(kernel, kCopyThreads, 0, (rows + kCopyRows - 1) / kCopyRows, H);
+  return grid_of_columns(kernel, kCopyThreads, 0, (rows + kCopyRows - 1) / kCopyRows, H);
 }
 
 namespace {  // each file has kernels of its own

@@ -66,8 +66,7 @@ const char* codebook_usage(const CodebookUsageParams& p, void* stream_) {
   const int copies = static_cast<int>(fit < kThreads / 32 ? fit : kThreads / 32);
   // A block counts at least as many indices as it has bins to add up, and fewer than 2^32.
   const int64_t least = p.K > 16 * kThreads ? p.K : 16 * kThreads;
-  const unsigned columns = static_cast<unsigned>(p.S < 65535 ? p.S : 65535);
-  const dim3 grid(grid_of(count_kernel, kThreads, copies * row, (p.N + least - 1) / least, columns), columns);
+  const dim3 grid = grid_of_columns(count_kernel, kThreads, copies * row, (p.N + least - 1) / least, p.S);
   VQK_LAUNCH(count_kernel, grid, kThreads, copies * row, stream, p.indices,
              reinterpret_cast<unsigned long long*>(p.counts), p.S, p.N, p.K, copies);
   return launch_error();

@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(kThreads)
       if (key != kSkipped) atomicAdd(&bins[digit_of(key, shift)], 1u);
     }
     __syncthreads();
-    counts[threadIdx.x * tiles + tile] = bins[threadIdx.x];
-    __syncthreads();
+    counts[threadIdx.x * tiles + tile] = bins[threadIdx.x];  // and this thread alone clears it
   }
 }
 

@@ -48,6 +48,14 @@ unsigned grid_of(Kernel kernel, int threads, int64_t shared_bytes, int64_t tasks
   return static_cast<unsigned>(tasks < 1 ? 1 : tasks < most ? tasks : most);
 }
 
+// The grid (x, y) of a kernel that loops over columns and, within, over tasks.
+template <class Kernel>
+dim3 grid_of_columns(Kernel kernel, int threads, int64_t shared_bytes, int64_t tasks, int64_t columns) {
+  const int64_t held = blocks_held(kernel, threads, shared_bytes), most = held < 65535 ? held : 65535;
+  const unsigned y = static_cast<unsigned>(columns < most ? columns : most);
+  return {grid_of(kernel, threads, shared_bytes, tasks, y), y};
+}
+
 // Null, or why the last launch was refused.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
             mark_survivors(acc, half_norms, tile, [&](int r) { return ratio[r]; }, row_limits, survivors);
             __syncthreads();
             compare_survivors(survivors, tile, x, codewords + h * K * D, D, metric == Metric::l2, choice);
-            __syncthreads();
+            // marked again after coarse_pass's next barrier
           });
       if (n < 0) continue;
       store_row(indices, distances, h * N + n, false, {choice.value, choice.hopeless ? -1 : choice.index}, metric);
@@ -347,7 +347,7 @@ struct Search {
     const auto compare = compare_kernel<Arithmetic, T>;
     allow_shared(compare, w.shared);
     // the lengths of the lists are not known here
-    VQK_LAUNCH((compare_kernel<Arithmetic, T>), grid_of_heads(compare, kTileThreads, w.shared, w.padded_N / kTile, p.H),
+    VQK_LAUNCH((compare_kernel<Arithmetic, T>), grid_of_columns(compare, kTileThreads, w.shared, w.padded_N / kTile, p.H),
                kTileThreads, w.shared, stream, w.tiles, z, codebook, w.rows, w.codebook, w.margins, w.counts, w.listed,
                w.limits, p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, w.copy, p.metric);
   }
@@ -361,7 +361,7 @@ struct Search {
     VQK_LAUNCH(few_kernel<kFeatures>, grid, kFewThreads, 0, stream, rows, w.codebook, w.margins, w.scores, p.H,
                w.padded_N, w.share);
     select();
-    VQK_LAUNCH(few_compare_kernel<T>, grid_of_heads(few_compare_kernel<T>, kFewThreads, 0, (p.N + 3) / 4, p.H),
+    VQK_LAUNCH(few_compare_kernel<T>, grid_of_columns(few_compare_kernel<T>, kFewThreads, 0, (p.N + 3) / 4, p.H),
                kFewThreads, 0, stream, z, codebook, rows, w.codebook, w.margins, w.counts, w.listed, w.limits,
                p.indices, distances, p.H, p.N, w.padded_N, p.K, p.D, kFeatures, p.metric);
   }

@@ -205,7 +205,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       need -= found[2];
       if (upper) total |= static_cast<Bits>(digit) << shift, total_known |= static_cast<Bits>(kBins - 1) << shift;
       else place &= ~(digit << shift), place_known |= (kBins - 1u) << shift;
-      __syncthreads();
       if (same <= need) break;  // all of them count: lower bits do not matter
     }
     Bits* const total_list = totals + user * k;

@@ -92,7 +92,9 @@ MUTATIONS = {
     "kernel: sums lose a chunk's last row": (
         "csrc/cpu/codeword_sums.cpp", r"for \(int64_t n = c \* job\.chunk; n < end; \+\+n\)\n", "for (int64_t n = c * job.chunk; n < end - 1; ++n)\n", CODEBOOK),
     "kernel: sums lose a slice's last row": (
-        "csrc/cpu/codeword_sums_kernel.h", r"n < p\.N; \+\+n", "n < p.N - 1; ++n", CODEBOOK),
+        "csrc/cpu/codeword_sums_kernel.h", r"n < slice\.last; \+\+n", "n < slice.last - 1; ++n", CODEBOOK),
+    "kernel: sums lose a run": (
+        "csrc/cpu/codeword_sums.cpp", r"run < job\.runs; \+\+run", "run < job.runs - 1; ++run", CODEBOOK),
     "kernel: k-means++ takes the worst candidate": (
         "csrc/cpu/kmeans_plus_plus.cpp", r"if \(potential < lowest\)", "if (potential > lowest || k < 0)", OPS),
     "kernel: k-means++ skips rows too soon": (

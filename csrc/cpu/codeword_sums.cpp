@@ -6,20 +6,22 @@
 //   1. count per chunk of rows   2. prefix sums   3. stable scatter of row numbers   4. add
 //      indices --> bins[chunk,k] --> offsets     --> rows of codeword 0 | 1 | 2 ...  --> sums
 //
-//   Where the sums of all codewords fit into L2 a few columns at a time, 2 to 4 give way to slices: one task reads
-//   its columns of z from first row to last and adds each row to its codeword's sum.
+//   Codebooks of up to half a megafeature with many rows a codeword: z is cut into up to eight runs of rows instead of 2 to
+//   4. A task reads a run from first row to last and adds each row to its codeword's sum of that run; then the runs' sums
+//   are added. With few rows a codeword it is one run, cut into columns where its sums then fit into L2.
 //
 //   4 is split into tasks of about equal numbers of rows; a codeword with more rows than a task
 //   should have is split by columns.
 //
-// Work and bytes: z read once, N D element sizes; the row numbers cost 16 to 24 bytes a row.
-// Measured (`make cpp-bench`, 2 threads of a 2-core AMD EPYC (Zen 3), memcpy 26 GB/s in the same run):
-//   262144x256 float, K=1024, random indices: 27 ms = 10 GB/s. The rows of a codeword lie anywhere in memory, and
-//   only prefetching rows by hand hides some of that.
-// Numerics: each codeword's rows are added in row order in double and rounded once.
-// Determinism: an element of a sum is added by one task in row order, so threads, chunks and SIMD
-// level change nothing.
+// Work and bytes: z read once, N D element sizes; the row numbers of 2 to 4 cost 16 to 24 bytes a row, the runs' sums at most
+// an eighth of z in float32.
+// Measured, 2 threads of an AMD EPYC (Zen 4), 262144x1024x64 float, reading alone 25 to 35 GB/s: 15 to 22 GB/s by runs; 10
+// with half of the columns of every row a thread, 10 by codeword, which waits for rows that lie anywhere in memory.
+// Numerics: the rows of a codeword are added in double, in row order within a run and then run by run, and rounded once.
+// Determinism: runs depend on N, K and D alone and an element of a run's sum is added by one task in row order, so threads,
+// chunks and SIMD level change nothing.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "codeword_sums.h"
@@ -35,13 +37,13 @@ namespace {
 void add_piece_portable(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
   add_piece_here(p, piece, sum);
 }
-void add_slice_portable(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
-  add_slice_here(p, piece, sum);
-}
+void add_slice_portable(const CodewordSumsParams& p, const SumSlice& slice) { add_slice_here(p, slice); }
 
 namespace {
 
 constexpr int64_t kSliceBytes = 256 << 10;
+constexpr int64_t kRunBytes = 4 << 20;  // of one run's sums: a third-level cache holds those of two threads
+constexpr int64_t kMostRuns = 8, kRowsPerCodeword = 16;  // a run has at least so many on average
 constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache lines, accumulators stay in L1
 
 struct Job {
@@ -53,7 +55,9 @@ struct Job {
   std::vector<int64_t> bad;      // [chunks]
   std::vector<SumPiece> pieces;
   bool avx2;
-  int64_t width;                 // of a slice, or 0
+  int64_t runs;
+  int64_t width;                 // columns of a slice of a run, or 0
+  std::unique_ptr<double[]> sums;  // [runs] of [slices,K,columns] of one head, if there are several runs
 };
 
 void count(void* ctx, int64_t c) {
@@ -100,26 +104,79 @@ void make_pieces(Job& job, int64_t share) {
   }
 }
 
-// Columns of a slice: whole cache lines of z, sums of all K codewords within half of the smallest common L2, and as many
-// slices as there are threads; 0 where there are too few columns for that, or so many that each slice would read only
-// a small part of every row (measured: 8 slices of 32 of 256 columns are slower than going by codeword).
-int64_t slice_width(const CodewordSumsParams& p, int threads) {
+// Of the shape alone: the order of additions must not depend on the machine.
+int64_t runs_of(const CodewordSumsParams& p) {
+  if (p.D == 0 || p.K * p.D * int64_t(sizeof(double)) > kRunBytes) return 1;
+  return std::clamp<int64_t>(p.N / (kRowsPerCodeword * p.K), 1, kMostRuns);
+}
+
+// Columns of a slice, whole cache lines of z: as many slices as there are threads for each run. Of a single run: sums of all
+// K codewords within half of the smallest common L2, and 0 where there are too few columns for that, or so many that each
+// slice would read only a small part of every row (measured: 8 slices of 32 of 256 columns are slower than going by codeword).
+int64_t slice_width(const CodewordSumsParams& p, int64_t runs, int threads) {
   const int64_t line = 64 / (p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2);
-  const int64_t fit = kSliceBytes / (8 * p.K), wanted = (threads + p.H - 1) / p.H;
-  const int64_t width = std::min(fit, p.D / wanted) / line * line;
+  const int64_t tasks = runs > 1 ? runs : p.H, wanted = (threads + tasks - 1) / tasks;
+  if (runs > 1) return wanted == 1 ? p.D : std::min(p.D, std::max(kColumns, (p.D / wanted + line - 1) / line * line));
+  const int64_t fit = kSliceBytes / (8 * p.K), width = std::min(fit, p.D / wanted) / line * line;
   if (wanted == 1 && p.D <= fit) return p.D;
   return width * std::max<int64_t>(4, wanted) < p.D ? 0 : width;
 }
 
-void slice(void* ctx, int64_t task) {
-  const Job& job = *static_cast<Job*>(ctx);
-  const int64_t slices = (job.p.D + job.width - 1) / job.width, begin = task % slices * job.width;
-  const SumPiece piece{task / slices, 0, job.p.K, begin, std::min(job.p.D, begin + job.width), nullptr, nullptr};
-  std::vector<double> sum(job.p.K * (piece.end - piece.begin));
+// Rounds the sums of codewords [first, last) and the slice's columns; those of each run lie runs_apart doubles on.
+template <class Out>
+void round_sums(const Job& job, const SumSlice& slice, int64_t first, int64_t last, int64_t runs_apart) {
+  const int64_t width = slice.end - slice.begin, D = job.p.D;
+  for (int64_t k = first; k < last; ++k) {
+    Out* out = static_cast<Out*>(job.p.sums) + (slice.h * job.p.K + k) * D + slice.begin;
+    for (int64_t d = 0; d < width; ++d) {
+      const double* sums = slice.sums + k * width + d;
+      double sum = sums[0];
+      for (int64_t run = 1; run < job.runs; ++run) sum += sums[run * runs_apart];
+      round_to(sum, out + d);
+    }
+  }
+}
+
+void round_sums_here(const Job& job, const SumSlice& slice, int64_t first, int64_t last) {
+  if (job.p.dtype == DType::f64) round_sums<double>(job, slice, first, last, job.p.K * job.p.D);
+  else round_sums<float>(job, slice, first, last, job.p.K * job.p.D);
+}
+
+int64_t slices(const Job& job) { return (job.p.D + job.width - 1) / job.width; }
+
+SumSlice slice_of(Job& job, int64_t h, int64_t run, int64_t s, double* sums) {
+  const int64_t begin = s * job.width, N = job.p.N, R = job.runs;
+  return {h, N * run / R, N * (run + 1) / R, begin, std::min(job.p.D, begin + job.width), sums};
+}
+
+void add_slice(const Job& job, const SumSlice& slice) {
 #if defined(__x86_64__)
-  if (job.avx2) return add_slice_avx2(job.p, piece, sum.data());
+  if (job.avx2) return add_slice_avx2(job.p, slice);
 #endif
-  add_slice_portable(job.p, piece, sum.data());
+  add_slice_portable(job.p, slice);
+}
+
+// A slice of the only run of a head, from rows to sums.
+void only_run(void* ctx, int64_t task) {
+  Job& job = *static_cast<Job*>(ctx);
+  std::vector<double> sums(job.p.K * std::min(job.width, job.p.D));
+  const SumSlice slice = slice_of(job, task / slices(job), 0, task % slices(job), sums.data());
+  add_slice(job, slice);
+  round_sums_here(job, slice, 0, job.p.K);
+}
+
+// A slice of one of the runs of head job.h; then a share of its codewords.
+void one_of_runs(void* ctx, int64_t task) {
+  Job& job = *static_cast<Job*>(ctx);
+  const int64_t run = task / slices(job), s = task % slices(job), K = job.p.K;
+  add_slice(job, slice_of(job, job.h, run, s, job.sums.get() + run * K * job.p.D + s * job.width * K));
+}
+
+void join_runs(void* ctx, int64_t task) {
+  Job& job = *static_cast<Job*>(ctx);
+  const int64_t K = job.p.K, first = K * task / job.runs, last = K * (task + 1) / job.runs;
+  for (int64_t s = 0; s < slices(job); ++s)
+    round_sums_here(job, slice_of(job, job.h, 0, s, job.sums.get() + s * job.width * K), first, last);
 }
 
 }  // namespace
@@ -129,7 +186,10 @@ void codeword_sums(const CodewordSumsParams& p, const Parallel& caller) {
   const Parallel parallel = threads_for(static_cast<double>(p.N) * (p.D + 8), caller);
   const int64_t N = p.N, K = p.K;
   const int64_t chunks = std::clamp<int64_t>(N / std::max<int64_t>(4096, K), 1, parallel.threads);
-  Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}, simd_level() >= Simd::avx2, slice_width(p, parallel.threads)};
+  const int64_t runs = runs_of(p);
+  Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}, simd_level() >= Simd::avx2, runs,
+          slice_width(p, runs, parallel.threads), {}};
+  if (runs > 1) job.sums.reset(new double[runs * K * p.D]);
   for (job.h = 0; job.h < p.H; ++job.h) {
     job.bins.assign(chunks * K, 0);
     job.bad.assign(chunks, -1);
@@ -147,13 +207,17 @@ void codeword_sums(const CodewordSumsParams& p, const Parallel& caller) {
       job.offsets[k + 1] = at;
       p.counts[job.h * K + k] = at - job.offsets[k];
     }
-    if (job.width) continue;
+    if (runs > 1) {
+      parallel.run(runs * slices(job), one_of_runs, &job);
+      parallel.run(runs, join_runs, &job);
+    }
+    if (job.width || runs > 1) continue;
     job.rows.resize(at);
     parallel.run(chunks, scatter, &job);
     make_pieces(job, std::max<int64_t>(256, (at + K) / (8 * parallel.threads)));
     parallel.run(static_cast<int64_t>(job.pieces.size()), add, &job);
   }
-  if (job.width) parallel.run(p.H * ((p.D + job.width - 1) / job.width), slice, &job);
+  if (runs == 1 && job.width) parallel.run(p.H * slices(job), only_run, &job);
 }
 
 }  // namespace vqk::cpu

@@ -14,8 +14,12 @@ struct SumPiece {  // codewords [first, last) and columns [begin, end) of head h
 void add_piece_portable(const CodewordSumsParams&, const SumPiece&, double* sum);
 void add_piece_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
 
-// All rows of the piece's columns as they lie in memory, without offsets and rows; `sum` holds K (end - begin) doubles.
-void add_slice_portable(const CodewordSumsParams&, const SumPiece&, double* sum);
-void add_slice_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
+struct SumSlice {  // rows [first, last) and columns [begin, end) of head h, as they lie in memory
+  int64_t h, first, last, begin, end;
+  double* sums;  // [K, end - begin]; cleared first
+};
+
+void add_slice_portable(const CodewordSumsParams&, const SumSlice&);
+void add_slice_avx2(const CodewordSumsParams&, const SumSlice&);
 
 }  // namespace vqk::cpu

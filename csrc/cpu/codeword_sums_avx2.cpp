@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 void add_piece_avx2(const CodewordSumsParams& p, const SumPiece& piece, double* sum) { add_piece_here(p, piece, sum); }
-void add_slice_avx2(const CodewordSumsParams& p, const SumPiece& piece, double* sum) { add_slice_here(p, piece, sum); }
+void add_slice_avx2(const CodewordSumsParams& p, const SumSlice& slice) { add_slice_here(p, slice); }
 
 }  // namespace vqk::cpu
 #endif

@@ -35,28 +35,25 @@ static void add_piece_here(const CodewordSumsParams& p, const SumPiece& piece, d
   }
 }
 
-template <class T, class Out>
-static void add_slice(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
-  const int64_t width = piece.end - piece.begin;
-  const int64_t* index = p.indices + piece.h * p.N;
-  const T* z = static_cast<const T*>(p.z) + piece.h * p.N * p.D + piece.begin;
-  for (int64_t i = 0; i < p.K * width; ++i) sum[i] = 0;
-  for (int64_t n = 0; n < p.N; ++n) {
+template <class T>
+static void add_slice(const CodewordSumsParams& p, const SumSlice& slice) {
+  const int64_t width = slice.end - slice.begin;
+  const int64_t* index = p.indices + slice.h * p.N;
+  const T* z = static_cast<const T*>(p.z) + slice.h * p.N * p.D + slice.begin;
+  for (int64_t i = 0; i < p.K * width; ++i) slice.sums[i] = 0;
+  for (int64_t n = slice.first; n < slice.last; ++n) {
     const char* ahead = reinterpret_cast<const char*>(z + (n + 12) * p.D);
     for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch(ahead + b);
     const int64_t k = index[n];
-    if (static_cast<uint64_t>(k) < static_cast<uint64_t>(p.K)) add_row(z + n * p.D, sum + k * width, width);
+    if (static_cast<uint64_t>(k) < static_cast<uint64_t>(p.K)) add_row(z + n * p.D, slice.sums + k * width, width);
   }
-  Out* out = static_cast<Out*>(p.sums) + piece.h * p.K * p.D + piece.begin;
-  for (int64_t k = 0; k < p.K; ++k)
-    for (int64_t d = 0; d < width; ++d) round_to(sum[k * width + d], out + k * p.D + d);
 }
 
-static void add_slice_here(const CodewordSumsParams& p, const SumPiece& piece, double* sum) {
+static void add_slice_here(const CodewordSumsParams& p, const SumSlice& slice) {
   switch (p.dtype) {
-    case DType::f64: return add_slice<double, double>(p, piece, sum);
-    case DType::bf16: return add_slice<bf16, float>(p, piece, sum);
-    case DType::f16: return add_slice<f16, float>(p, piece, sum);
-    default: return add_slice<float, float>(p, piece, sum);
+    case DType::f64: return add_slice<double>(p, slice);
+    case DType::bf16: return add_slice<bf16>(p, slice);
+    case DType::f16: return add_slice<f16>(p, slice);
+    default: return add_slice<float>(p, slice);
   }
 }

@@ -75,17 +75,18 @@ def test_errors(call, error, text):
         call()
 
 
-def test_codeword_sums_do_not_depend_on_threads():
-    z, indices = torch.randn(20_000, 200), torch.randint(-1, 50, (20_000,))
+@pytest.mark.parametrize("K", [50, 3000])  # in runs of rows, and by codeword
+def test_codeword_sums_do_not_depend_on_threads(K):
+    z, indices = torch.randn(20_000, 200), torch.randint(-1, K, (20_000,))
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 20):  # the last are more than there are runs of rows, which are cut into columns then
         torch.set_num_threads(threads)
-        results.append(vq.codeword_sums(z, indices, 50))
+        results.append(vq.codeword_sums(z, indices, K))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0]))
     rows = indices >= 0
-    want = torch.zeros(50, 200, dtype=torch.float64).index_add_(0, indices[rows], z[rows].double())
+    want = torch.zeros(K, 200, dtype=torch.float64).index_add_(0, indices[rows], z[rows].double())
     assert torch.equal(results[0][0], want.float())
 
 

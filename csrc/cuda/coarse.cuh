@@ -385,8 +385,7 @@ __device__ __forceinline__ void coarse_pass(const Tiles& tiles, char* shared, co
     }
     epilogue(tile, acc);
   }
-  cp_async_wait<0>();
-  __syncthreads();
+  __syncthreads();  // every copy has been waited for; those that come next may use the same place
 }
 
 // Of some codewords the lowest score, its index, on ties the lowest, and the lowest of the others.

@@ -156,7 +156,7 @@ VALUES = {
         "a codeword is hidden": ("second < HUGE_VALF && second - best <= margin", "false"),
         "lanes' best are not compared": ("lane.best - best <= margin) ++near", "lane.best - best <= 0) ++near"),
         "rows scored again are limited to the best": ("hidden ? best + margin", "hidden ? best"),
-        "sums that are NaN": ("if (hopeless[row]) chosen[row] = -1;", ""),
+        "sums that are NaN": ("chosen[row] = choice.hopeless ? -1 : choice.index", "chosen[row] = choice.index"),
         "valid rows: at least none": ("rows > 1 ? rows : 1", "rows"),
         "rows that end early are in the losses": ("chosen[i] >= 0 ? squares", "true ? squares"),
         "a residual that overflows": ("largest_magnitude(residual + (base + i) * D, D, chosen[i] >= 0) >= 0", "chosen[i] >= 0"),

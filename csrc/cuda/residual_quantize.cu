@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       const int64_t from = h * levels[l].K * D;
       if (cosine) compare(choice, mine, static_cast<const A*>(levels[l].unit) + from, false);
       else compare(choice, mine, static_cast<const T*>(levels[l].codebook) + from, l2);
-      values[row] = choice.value, chosen[row] = choice.index, hopeless[row] = choice.hopeless;
+      values[row] = choice.value, hopeless[row] = choice.hopeless;
+      chosen[row] = choice.hopeless ? -1 : choice.index;
     };
 #pragma unroll 1  // the products' code is long: once is enough
     for (bool again = false;; again = true) {
@@ -200,8 +201,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         __syncthreads();
         with_choice([&](Choice& choice, const A* mine, const auto* codewords, bool by_l2) {
           compare_survivors(survivors, tile, mine, codewords, D, by_l2, choice);
-        });
-        __syncthreads();
+        });  // marked again after coarse_pass's next barrier
       });
       if (again) break;
 #pragma unroll
@@ -237,9 +237,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       limits[row] = hidden ? best + margin : -HUGE_VALF;
       if (!__syncthreads_or(hidden)) break;
     }
-    if (hopeless[row]) chosen[row] = -1;
+    // a barrier lies between the last change of a row's choice and here, whichever way the loop ended
     if (row < here) indices[(base + row) * Q + l] = chosen[row];
-    __syncthreads();
 
     const T* codewords = static_cast<const T*>(levels[l].codebook) + h * levels[l].K * D;
     for (int i = group; i < kTile; i += kTileThreads / 8) {

@@ -114,7 +114,7 @@ MUTATIONS = {
     "usage: masked rows are counted": (
         "vqkernels/reference/codebook_usage.py", r"indices < 0, codebook_size, indices", "indices < 0, 0, indices", OPS),
     "trie: a dead beam lives": (
-        "vqkernels/reference/trie_topk.py", r"live = states >= 0", "live = states >= -1", CODEBOOK),
+        "vqkernels/reference/trie_topk.py", r"\(states >= 0\) &", "(states >= -1) &", CODEBOOK),
     "layer: EMA without division": (
         "vqkernels/layers/codebook.py", r"self\.embed_avg / smoothed\.unsqueeze\(-1\)", "self.embed_avg", LAYERS),
     "layer: decay is ignored": (

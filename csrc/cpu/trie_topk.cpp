@@ -65,7 +65,6 @@ class Best {
       std::nth_element(list_.begin(), list_.begin() + (k_ - 1), list_.end(), better<R>);
       list_.resize(k_);
       bar = list_[k_ - 1].total;
-      if (total <= bar) return;
     }
     list_.push_back({total, beam, edge});
   }

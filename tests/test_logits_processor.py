@@ -117,7 +117,9 @@ def test_lists_for_all_histories_and_for_each(setting):
     ):
         processor = TrieLogitsProcessor(view, TOKENS, setting[2])
         out = generate(setting, processor, num_beams=beams, num_return_sequences=beams, length_penalty=0.0)
-        for row, want, logp in zip(np.array(items_of(setting, out.sequences, ids)).reshape(3, beams), wanted, exact, strict=True):
+        for row, want, logp in zip(
+            np.array(items_of(setting, out.sequences, ids)).reshape(3, beams), wanted, exact, strict=True
+        ):
             assert set(row) <= want and len(set(row)) == beams
         # wide enough, the best of each list comes first
         out = generate(setting, processor, num_beams=len(ids), length_penalty=0.0)

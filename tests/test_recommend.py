@@ -71,7 +71,10 @@ def test_allow_and_deny_lists_are_exact(model, histories):
         ({"deny": lists}, [every - x for x in some]),
         ({"allow": stock, "deny": lists}, [stocked - x for x in some]),
         ({"allow": lists, "deny": ids}, [x - stocked for x in some]),
-        ({"allow": lists, "deny": [x[::2] for x in lists]}, [x - set(y[::2]) for x, y in zip(some, lists, strict=True)]),
+        (
+            {"allow": lists, "deny": [x[::2] for x in lists]},
+            [x - set(y[::2]) for x, y in zip(some, lists, strict=True)],
+        ),
         ({"allow": []}, [set()] * 7),
     ]
     for options, wanted in cases:
@@ -97,7 +100,9 @@ def test_invalid_rates_by_level_and_width(model, histories):
         for history in histories:
             beams = [((), 0.0)]
             for level in range(3):
-                grown = [((*codes, c), s + p) for codes, s in beams for c, p in enumerate(next_logp(model, history, codes))]
+                grown = [
+                    ((*codes, c), s + p) for codes, s in beams for c, p in enumerate(next_logp(model, history, codes))
+                ]
                 beams = sorted(grown, key=lambda beam: -beam[1])[:width]
                 counted[level] += [sum(codes not in prefixes[level] for codes, _ in beams) / len(beams), 1]
         assert row == pytest.approx((counted[:, 0] / counted[:, 1]).tolist(), abs=1e-6)

@@ -150,7 +150,13 @@ def test_a_view_is_the_trie_of_its_items():
     for share in (0.0, 0.1, 0.5, 1.0):
         mask = rng.random(len(ids)) < share
         rows = np.flatnonzero(mask)
-        for view in (trie.allow(mask), trie.allow(rows), trie.deny(~mask), trie.deny(np.flatnonzero(~mask)), trie.allow(rows.tolist())):
+        for view in (
+            trie.allow(mask),
+            trie.allow(rows),
+            trie.deny(~mask),
+            trie.deny(np.flatnonzero(~mask)),
+            trie.allow(rows.tolist()),
+        ):
             edges = int((view.edge_tokens >= 0).sum())
             assert reachable(view, 0, 3) == set(rows.tolist())
             assert edges == (Trie(ids[mask]).num_nodes - 1 if len(rows) else 0)  # no path that ends in nothing
@@ -167,7 +173,10 @@ def test_lists_for_each_history():
     ids = some_ids()
     rng, stock = np.random.default_rng(3), np.random.default_rng(4).random(len(ids)) < 0.6
     lists = [rng.permutation(len(ids))[:n].tolist() for n in (5, 0, 1, 40, len(ids))]
-    for trie, kept in ((Trie(ids), set(range(len(ids)))), (Trie(ids).allow(stock), set(np.flatnonzero(stock).tolist()))):
+    for trie, kept in (
+        (Trie(ids), set(range(len(ids)))),
+        (Trie(ids).allow(stock), set(np.flatnonzero(stock).tolist())),
+    ):
         view = trie.allow(lists)
         assert view.histories == len(view.roots) == 5
         for root, rows in zip(view.roots.tolist(), lists, strict=True):

@@ -4,10 +4,9 @@
 
 constexpr int64_t kLogits = 512;  // added in float, lane by lane; their sums are added in double
 
-// Eight logits from `at`, or what is left of them and then -inf.
+// The last logits, fewer than eight, and then -inf.
 template <class T>
-static inline v8f logits8(const T* x, int64_t at, int64_t V) {
-  if (at + 8 <= V) return load8(x + at);
+static inline v8f last8(const T* x, int64_t at, int64_t V) {
   v8f v = v8f{} - __builtin_inff();
   for (int64_t i = at; i < V; ++i) v[i - at] = static_cast<float>(to_float(x[i]));
   return v;
@@ -22,15 +21,17 @@ static double highest_of(const T* x, int64_t V) {
   } else {
     v8f top = v8f{} - __builtin_inff();
     v8i nan = {};
-    for (int64_t i = 0; i < V; i += 8) {
-      const v8f v = logits8(x, i, V);
+    auto take = [&](const v8f& v) {
       const v8i more = v > top;
       top = (v8f)((more & (v8i)v) | (~more & (v8i)top));
       nan |= v != v;
-    }
+    };
+    int64_t i = 0;
+    for (; i + 8 <= V; i += 8) take(load8(x + i));
+    if (i < V) take(last8(x, i, V));
     float most = top[0];
     bool bad = nan[0];
-    for (int i = 1; i < 8; ++i) most = top[i] > most ? top[i] : most, bad |= nan[i] != 0;
+    for (int lane = 1; lane < 8; ++lane) most = top[lane] > most ? top[lane] : most, bad |= nan[lane] != 0;
     return bad ? __builtin_nan("") : most;
   }
 }
@@ -45,8 +46,10 @@ static double sum_of(const T* x, int64_t V, double highest) {
     for (int64_t begin = 0; begin < V; begin += kLogits) {
       const int64_t end = begin + kLogits < V ? begin + kLogits : V;
       v8f part = {};
-      for (int64_t i = begin; i < end; i += 8) part += exp_negative(logits8(x, i, V) - origin);
-      for (int i = 0; i < 8; ++i) sum += part[i];
+      int64_t i = begin;
+      for (; i + 8 <= end; i += 8) part += exp_negative(load8(x + i) - origin);
+      if (i < end) part += exp_negative(last8(x, i, V) - origin);
+      for (int lane = 0; lane < 8; ++lane) sum += part[lane];
     }
   }
   return sum;

@@ -58,13 +58,13 @@ class TrieLogitsProcessor:
         for known, token in zip(self._codes, written.T, strict=False):
             code = torch.where(token < len(known), known[token.clamp(max=len(known) - 1)], -1)
             states = trie.walk(states, code)
-        out = torch.full_like(scores, -torch.inf)
         if level >= trie.depth:
             if self.eos is None:
                 raise ValueError(
                     f"generate() asks for token {level + 1} of semantic IDs with {trie.depth}; set max_new_tokens to "
                     f"{trie.depth}, or give TrieLogitsProcessor the eos_token_id"
                 )
+            out = torch.full_like(scores, -torch.inf)
             out[:, self.eos] = scores[:, self.eos]
             return out
         # the children of every row's node, one row after another
@@ -74,9 +74,11 @@ class TrieLogitsProcessor:
         row = torch.arange(rows, device=scores.device).repeat_interleave(count)
         edge = torch.arange(len(row), device=scores.device) + (first - count.cumsum(0) + count)[row]
         code = trie.edge_tokens[edge]
-        kept = code >= 0
+        open_ = code >= 0
         if trie.denied is not None:
-            kept &= ~trie.closed(row * histories // rows, trie.edge_children[edge], level)
-        row, token = row[kept], self.tokens[level][code[kept]]
-        out[row, token] = scores[row, token]
-        return out
+            open_ &= ~trie.closed(row * histories // rows, trie.edge_children[edge], level)
+        if not open_.all():
+            row, code = row[open_], code[open_]
+        closed = torch.ones_like(scores, dtype=torch.bool)
+        closed.view(-1).scatter_(0, row * scores.shape[1] + self.tokens[level][code], False)
+        return scores.masked_fill(closed, -torch.inf)

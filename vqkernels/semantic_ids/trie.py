@@ -95,6 +95,7 @@ class Trie:
         self.roots, self.denied, self.histories = torch.zeros(1, dtype=torch.int64), None, None
         self._first_leaf = self.row_offsets.numel() - 1 - self.leaf_items.numel()
         self._codes = self.edge_tokens  # of every edge, also where a view has masked it
+        self._most_children = int(self.row_offsets.diff().max())
         self._allowed_before = None  # in a view [N + 1]: how many of the leaves so far it allows
 
     @property
@@ -138,7 +139,7 @@ class Trie:
         node = states.clamp(min=0)
         low, last = self.row_offsets[node], self.row_offsets[node + 1]
         high = last
-        for _ in range(max(self.codebook_sizes).bit_length()):  # no node has more children than its level has codes
+        for _ in range(self._most_children.bit_length()):
             middle = (low + high) // 2
             right = (low < high) & (self._codes[middle.clamp(max=self._codes.numel() - 1)] < tokens)
             low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)

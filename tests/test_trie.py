@@ -201,7 +201,7 @@ def test_appended_items_are_found_and_old_rows_stay():
     assert torch.equal(trie.edge_tokens, Trie(ids).edge_tokens) and torch.equal(trie.leaf_items, Trie(ids).leaf_items)
     assert trie.append(np.array([[0, 0, 99]])).codebook_sizes == (7, 7, 100)
     assert trie.append(ids[:0]) is trie
-    with pytest.raises(ValueError, match=f"rows 4 and {len(ids)} have the same semantic ID"):
+    with pytest.raises(ValueError, match=rf"rows 4 and {len(ids)} have the same semantic ID"):
         trie.append(ids[4:5])
 
 
@@ -216,7 +216,7 @@ def test_saved_and_loaded(tmp_path):
     data = (tmp_path / "a" / "trie.safetensors").read_bytes()
     for damaged in (b"", data[:-9], b"x" * 100):
         (tmp_path / "damaged").write_bytes(damaged)
-        with pytest.raises(DataError, match="not a saved trie .*Give the file that Trie.save"):
+        with pytest.raises(DataError, match=r"not a saved trie .*Give the file that Trie\.save"):
             Trie.load(tmp_path / "damaged")
     with pytest.raises(DataError, match="not a saved trie"):
         Trie.load(tmp_path / "missing")

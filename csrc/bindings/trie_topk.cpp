@@ -17,14 +17,15 @@ Beams trie_topk(const Tensor& logits, const Tensor& scores, const Tensor& states
   const int64_t B = logits.size(0), W = logits.size(1), V = logits.size(2), E = edge_tokens.size(0);
   const int64_t S = row_offsets.size(0) - 1;
   const DType type = dtype(op, logits);
-  Tensor lc = torch::stable::contiguous(logits);
-  Tensor sc = input(op, "scores", torch::stable::to(scores, accumulate_dtype(logits)), {B, W}, accumulate_dtype(logits),
+  const ScalarType wide = accumulate_dtype(logits);
+  Tensor lc = contiguous(logits);
+  Tensor sc = input(op, "scores", scores.scalar_type() == wide ? scores : torch::stable::to(scores, wide), {B, W}, wide,
                     logits);
   Tensor tc = input(op, "states", states, {B, W}, ScalarType::Long, logits);
   Tensor rc = input(op, "row_offsets", row_offsets, {S + 1}, ScalarType::Long, logits);
   Tensor ec = input(op, "edge_tokens", edge_tokens, {E}, ScalarType::Long, logits);
   Tensor cc = input(op, "edge_children", edge_children, {E}, ScalarType::Long, logits);
-  Tensor out_scores = empty(logits, {B, k}, accumulate_dtype(logits));
+  Tensor out_scores = empty(logits, {B, k}, wide);
   Tensor out_beams = empty(logits, {B, k}, ScalarType::Long);
   Tensor out_tokens = empty(logits, {B, k}, ScalarType::Long);
   Tensor out_states = empty(logits, {B, k}, ScalarType::Long);

@@ -44,12 +44,12 @@ def dictionary(ids: np.ndarray) -> dict[tuple, list]:
 
 
 def by_trie(step, trie: Trie, logits: list[Tensor], beams: int):
-    """Scores and item rows [B, beams]."""
+    """Scores and nodes [B, beams]."""
     batch = len(logits[0])
     scores, states = torch.zeros(batch, 1), torch.zeros(batch, 1, dtype=torch.int64)
     for level in logits:
         scores, _, _, states = step(level, scores, states, trie, beams)
-    return scores, trie.items(states)
+    return scores, states
 
 
 def plain(logits, scores, states, trie, k):
@@ -85,10 +85,10 @@ def step_rows(items=ITEMS, beams=BEAMS) -> Iterator[Row]:
             want = by_trie(plain, trie, logits, width)
 
             def gate(output, want=want, trie=trie):
-                scores, items = output
-                items = items if items.dim() == 2 else trie.lookup(items)
+                scores, found = output
+                items = trie.items(found) if found.dim() == 2 else trie.lookup(found)
                 near = torch.allclose(scores, want[0], atol=1e-4)
-                differ = int((items != want[1]).sum())  # neighbours may change places by rounding
+                differ = int((items != trie.items(want[1])).sum())  # neighbours may change places by rounding
                 return "" if near and differ <= 2 + items.numel() // 200 else f"{differ} of {items.numel()} differ"
 
             def prefix_allowed_tokens_fn(allowed=allowed, logits=logits, width=width):

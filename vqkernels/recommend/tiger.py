@@ -353,14 +353,18 @@ class TIGER(nn.Module):
         return self.invalid_rates(histories, (beams,), **options)[beams][-1]
 
     @torch.inference_mode()
-    def invalid_rates(self, histories, beams=(1, 10, 20, 50), *, users=None, batch_size: int = 64) -> dict:
+    def invalid_rates(
+        self, histories, beams=(1, 10, 20, 50), *, users=None, batch_size: int = 64, progress=None
+    ) -> dict[int, list[float]]:
         """``{beam width: [share of free beams that lead to no item after 1, 2, ... L codes]}``."""
         histories, table = [self._checked(h) for h in histories], {}
-        for width in beams:
-            shares = [
-                beam.search(self, group, width, None, who)[2]
-                for _, group, who in self._groups(histories, users, batch_size)
-            ]
+        for place, width in enumerate(beams):
+            shares, done = [], 0
+            for rows, group, who in self._groups(histories, users, batch_size):
+                shares.append(beam.search(self, group, width, None, who)[2])
+                done += len(rows)
+                if progress:
+                    progress((place + done / len(histories)) / len(beams))
             table[width] = torch.cat(shares).mean(0).tolist()
         return table
 

@@ -27,7 +27,7 @@ class Trie:
     children ``edge_children[row_offsets[s]:row_offsets[s + 1]]``, with their codes, ascending, at the same places of
     ``edge_tokens``.
 
-    ``allow`` and ``deny`` give views with fewer items, for stock, freshness or what a user has seen: nothing is rebuilt.
+    ``allow`` and ``deny`` give views with fewer items (stock, freshness, what a user has seen); nothing is rebuilt.
 
     Attributes:
         row_offsets: int64 ``[nodes + 1]``.

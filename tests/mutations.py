@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import trie_mutations
+
 ROOT = Path(__file__).parents[1]
 
 # name: file, what stands there (a regular expression), what replaces it, the tests that should notice
@@ -446,7 +448,9 @@ def first_failure(tree: Path, tests: str) -> str | None:
 
 def main() -> int:
     words = sys.argv[1:]
-    chosen = {k: v for k, v in MUTATIONS.items() if not words or any(w in k for w in words)}
+    chosen = {
+        k: v for k, v in (MUTATIONS | trie_mutations.MUTATIONS).items() if not words or any(w in k for w in words)
+    }
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "vqkernels"

@@ -62,6 +62,10 @@ class Trie:
                     f"item row {row} has code {column[row]} at level {level}; allowed are 0 to {sizes[level] - 1}"
                 )
 
+        if count * depth * int(sizes.max()) >= 2**62:
+            raise ValueError(
+                f"codes up to {sizes.max() - 1} for {count} items do not fit into 62 bits; number them anew"
+            )
         order = _lexicographic(columns, sizes)
         opens = np.zeros(count, dtype=bool)  # this row's codes up to the level differ from those of the row before
         opens[0] = True
@@ -95,7 +99,8 @@ class Trie:
         self.roots, self.denied, self.histories = torch.zeros(1, dtype=torch.int64), None, None
         self._first_leaf = self.row_offsets.numel() - 1 - self.leaf_items.numel()
         self._codes = self.edge_tokens  # of every edge, also where a view has masked it
-        self._most_children = int(self.row_offsets.diff().max())
+        self._base = max(self.codebook_sizes)
+        self._shared = {}  # with views: what is made when it is first needed
         self._allowed_before = None  # in a view [N + 1]: how many of the leaves so far it allows
 
     @property
@@ -108,7 +113,7 @@ class Trie:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors that decoding reads."""
+        """Memory of the tensors that decoding reads; ``walk`` and ``lookup`` keep 8 more bytes a node, once used."""
         tensors = (self.row_offsets, self.edge_tokens, self.edge_children, self.leaf_items)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -124,6 +129,7 @@ class Trie:
                 setattr(self, name, value.to(device))
         if self.denied is not None:
             self.denied = [keys.to(device) for keys in self.denied]
+        self._shared = {}
         return self
 
     # Walking.
@@ -135,16 +141,9 @@ class Trie:
 
     def walk(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The nodes reached from ``states`` by one code each, −1 where the trie has no such edge. Shape as given."""
-        inside = states >= 0
-        node = states.clamp(min=0)
-        low, last = self.row_offsets[node], self.row_offsets[node + 1]
-        high = last
-        for _ in range(self._most_children.bit_length()):
-            middle = (low + high) // 2
-            right = (low < high) & (self._codes[middle.clamp(max=self._codes.numel() - 1)] < tokens)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        edge = low.clamp(max=self._codes.numel() - 1)
-        found = inside & (low < last) & (self.edge_tokens[edge] == tokens)
+        keys, key = self._keys(), states * self._base + tokens
+        edge = torch.searchsorted(keys, key).clamp(max=keys.numel() - 1)
+        found = (keys[edge] == key) & (self.edge_tokens[edge] == tokens)  # a view masks tokens
         return torch.where(found & (tokens >= 0), self.edge_children[edge], -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -323,13 +322,18 @@ class Trie:
         return view
 
     def _leaves(self) -> Tensor:
-        """The leaf of each item, kept once it is known."""
-        if not hasattr(self, "_leaf_of"):
-            self._leaf_of = torch.empty_like(self.leaf_items)
-            self._leaf_of[self.leaf_items] = torch.arange(
-                self._first_leaf, self.num_nodes, device=self.leaf_items.device
-            )
-        return self._leaf_of
+        """The leaf of each item."""
+        if "leaves" not in self._shared:
+            leaves = torch.arange(self._first_leaf, self.num_nodes, device=self.leaf_items.device)
+            self._shared["leaves"] = torch.empty_like(leaves).scatter_(0, self.leaf_items, leaves)
+        return self._shared["leaves"]
+
+    def _keys(self) -> Tensor:
+        """(parent, code) of every edge as one ascending number: walking is a binary search."""
+        if "keys" not in self._shared:
+            nodes = torch.arange(self.num_nodes, device=self.row_offsets.device)
+            self._shared["keys"] = (nodes * self._base).repeat_interleave(self.row_offsets.diff()) + self._codes
+        return self._shared["keys"]
 
     def _parents(self, nodes: Tensor) -> Tensor:
         return torch.searchsorted(self.row_offsets, nodes - 1, right=True) - 1

@@ -241,3 +241,19 @@ def test_saved_and_loaded(tmp_path):
 def test_bad_lists_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(Trie(some_ids()))
+
+
+def test_the_benchmark_compares_equals():
+    """All contenders pass the gate, and answers to another question do not."""
+    pytest.importorskip("transformers")
+    from vqkernels.bench import trie as bench
+
+    for row in [*bench.step_rows((700,), ((2, 7),)), *bench.trie_rows((700,))]:
+        for name, factory in row.contenders.items():
+            assert row.gate(factory()()) == "", (row.op, name)
+    row = next(bench.step_rows((700,), ((2, 7),)))
+    scores, states = row.contenders["vqkernels"]()()
+    assert "differ" in row.gate((scores + 0.01, states)) and "differ" in row.gate((scores, states.flip(1)))
+    row, ids = next(bench.trie_rows((700,))), bench.semantic_ids(700)
+    assert "not found" in row.gate(Trie(ids[::-1]))
+    assert "missing" in row.gate(bench.dictionary(ids[:-1]))

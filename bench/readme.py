@@ -72,17 +72,18 @@ def layers_table(machine: str) -> str:
 
 def trie_tables(machine: str) -> str:
     """Constrained decoding by catalogue and beams, then the trie itself."""
-    path = RESULTS / f"trie-{machine}.json"
-    data = json.loads(path.read_text())
-    c = data["conditions"]
-    rows: dict[tuple[str, str], dict[str, dict]] = {}
-    for r in data["records"]:
-        rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
-    steps = {key: group for key, group in rows.items() if "prefix_allowed_tokens_fn" in str(group)}
+    steps, trie, said = {}, {}, {}
+    for op, rows in (("trie_topk", steps), ("trie", trie)):
+        data = json.loads((RESULTS / f"{op}-{machine}.json").read_text())
+        c = data["conditions"]
+        said[op] = (
+            f"{c['processor']}, {c['threads']} thread, {c['simd']}; torch {c['torch']}; commit {c['commit']}; "
+            f"`vqkernels bench --op {op} --threads 1 --seconds 0.3 --json bench/results/{op}-{machine}.json`."
+        )
+        for r in data["records"]:
+            rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
     lines = [
-        f"{c['processor']}, {c['threads']} thread, {c['simd']}; torch {c['torch']}; commit {c['commit']}; "
-        f"`vqkernels bench --op trie_topk --op trie --threads 1 --seconds 0.3 --json bench/results/{path.name}`. Milliseconds a "
-        "step: log-softmax, mask, the best beams, without the model.",
+        f"{said['trie_topk']} Milliseconds a step: log-softmax, mask, the best beams, without the model.",
         "",
         "| items, histories × beams | trie_topk | TrieLogitsProcessor and top-k | prefix_allowed_tokens_fn and top-k | trie_topk is |",
         "|---|---|---|---|---|",
@@ -95,14 +96,14 @@ def trie_tables(machine: str) -> str:
         cells = [f"{r['median_ms'] / count:.3g}" if not r["error"] else r["error"] for r in (ours, processor, theirs)]
         ratio = _ratio(theirs, ours) if not theirs["error"] else "–"
         lines.append(f"| {shape.replace('x', '×')} | **{cells[0]}** | {cells[1]} | {cells[2]} | {ratio} |")
-    lines += ["", "| the trie | items | vqkernels | dictionary of prefixes |", "|---|---|---|---|"]
-    for (op, shape), group in rows.items():
-        if (op, shape) not in steps:
-            cells = [
-                f"{r['median_ms'] / 1e3:.3g} s, {r['extra_mb']:.0f} MB" if r else "–"
-                for r in (group["vqkernels"], group.get("dictionary of prefixes"))
-            ]
-            lines.append(f"| {op} | {shape} | **{cells[0]}** | {cells[1]} |")
+    lines += ["", f"{said['trie']} Beside each time the most memory it took beyond the IDs, the result included.", ""]
+    lines += ["| the trie | items | vqkernels | dictionary of prefixes |", "|---|---|---|---|"]
+    for (op, shape), group in trie.items():
+        cells = [
+            f"{r['median_ms'] / 1e3:.3g} s, {r['extra_mb']:.0f} MB" if r else "–"
+            for r in (group["vqkernels"], group.get("dictionary of prefixes"))
+        ]
+        lines.append(f"| {op} | {shape} | **{cells[0]}** | {cells[1]} |")
     return "\n".join(lines)
 
 

@@ -113,7 +113,7 @@ class Trie:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors that decoding reads; ``walk`` and ``lookup`` keep 8 more bytes a node, once used."""
+        """Memory of the tensors that trie_topk reads; all else keeps 8 bytes more a node and an item, once used."""
         tensors = (self.row_offsets, self.edge_tokens, self.edge_children, self.leaf_items)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -329,14 +329,14 @@ class Trie:
         return self._shared["leaves"]
 
     def _keys(self) -> Tensor:
-        """(parent, code) of every edge as one ascending number: walking is a binary search."""
+        """(parent, code) of every edge as one ascending number: a walk down is a binary search, one up a division."""
         if "keys" not in self._shared:
             nodes = torch.arange(self.num_nodes, device=self.row_offsets.device)
             self._shared["keys"] = (nodes * self._base).repeat_interleave(self.row_offsets.diff()) + self._codes
         return self._shared["keys"]
 
     def _parents(self, nodes: Tensor) -> Tensor:
-        return torch.searchsorted(self.row_offsets, nodes - 1, right=True) - 1
+        return self._keys()[nodes - 1] // self._base
 
     def _allowed(self, leaves: Tensor) -> Tensor:
         return self._sizes(leaves) > 0

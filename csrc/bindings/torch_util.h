@@ -72,7 +72,7 @@ inline ScalarType accumulate_dtype(const Tensor& t) {
 }
 
 // Asked first: a call that changes nothing costs a microsecond in the dispatcher.
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Contiguous, with the shape, dtype and device that the kernel relies on.
 inline Tensor input(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
@@ -88,7 +88,7 @@ inline Tensor input(const char* op, const char* name, const Tensor& t, std::init
   if (t.scalar_type() != scalar_type)
     fail(op, name, " is ", dtype_name(t.scalar_type()), ", expected ", dtype_name(scalar_type));
   if (t.device() != device_of.device()) fail(op, name, " is on another device than the first argument");
-  return contiguous(t);
+  return as_contiguous(t);
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {

@@ -18,7 +18,7 @@ Beams trie_topk(const Tensor& logits, const Tensor& scores, const Tensor& states
   const int64_t S = row_offsets.size(0) - 1;
   const DType type = dtype(op, logits);
   const ScalarType wide = accumulate_dtype(logits);
-  Tensor lc = contiguous(logits);
+  Tensor lc = as_contiguous(logits);
   Tensor sc = input(op, "scores", scores.scalar_type() == wide ? scores : torch::stable::to(scores, wide), {B, W}, wide,
                     logits);
   Tensor tc = input(op, "states", states, {B, W}, ScalarType::Long, logits);

@@ -95,10 +95,20 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
   if (t.dim() != dim) fail(op, name, " has shape ", shape(t), ", expected ", layout);
 }
 
-// A new tensor beside `like`. Large host memory arrives fresh from the system; in huge pages it costs 512
+// A new tensor beside `like`, by the shim itself: the dispatcher would look new_empty up by its name, call after call.
+// Large host memory arrives fresh from the system; in huge pages it costs 512
 // times fewer page faults, which otherwise take longer than a memory-bound kernel.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType scalar_type) {
-  Tensor t = torch::stable::new_empty(like, sizes, scalar_type);
+  int64_t strides[4], d = static_cast<int64_t>(sizes.size()), step = 1;
+  for (auto size = sizes.end(); size != sizes.begin(); step *= *size > 1 ? *size : 1) --size, strides[--d] = step;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type, device_index, &handle));
+  Tensor t(handle);
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), bytes = t.numel() * t.element_size();

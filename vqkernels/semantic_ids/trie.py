@@ -215,8 +215,10 @@ class Trie:
         return view
 
     def append(self, semantic_ids) -> Trie:
-        """A trie with these items added, as rows ``N``, ``N + 1``, ...: it is sorted anew, which takes about as long as
-        bringing 10⁷ items in order (see ``vqkernels bench --op trie``). Codes may lie beyond ``codebook_sizes``."""
+        """A trie with these items added, as rows ``N``, ``N + 1``, ... Codes may lie beyond ``codebook_sizes``.
+
+        It is built anew from the codes it holds: seconds for 10⁷ items (``vqkernels bench --op trie`` says how many),
+        while this one goes on serving. States and views of this one mean nothing to the new one."""
         self._whole("append")
         ids = np.asarray(semantic_ids)
         if ids.ndim != 2 or ids.shape[1] != self.depth or not np.issubdtype(ids.dtype, np.integer):
@@ -230,11 +232,15 @@ class Trie:
 
     def codes(self, items: Tensor | None = None) -> Tensor:
         """Semantic IDs of these rows, or of all: int64 ``[..., L]``."""
-        nodes, out = self._leaves() if items is None else self._leaves()[items], []
+        nodes, out = torch.arange(self._first_leaf, self.num_nodes, device=self.roots.device), []
+        if items is not None:
+            nodes = self._leaves()[items]
         for _ in range(self.depth):
             out.append(self._codes[nodes - 1])
             nodes = self._parents(nodes)
-        return torch.stack(out[::-1], -1)
+        codes = torch.stack(out[::-1], -1)
+        # all of them in the order of the leaves, where neighbours share their parents
+        return codes if items is not None else torch.empty_like(codes).index_copy_(0, self.leaf_items, codes)
 
     # Files.
 

@@ -70,6 +70,43 @@ def layers_table(machine: str) -> str:
     return "\n".join(lines)
 
 
+def trie_tables(machine: str) -> str:
+    """Constrained decoding by catalogue and beams, then the trie itself."""
+    steps, trie, said = {}, {}, {}
+    for op, rows in (("trie_topk", steps), ("trie", trie)):
+        data = json.loads((RESULTS / f"{op}-{machine}.json").read_text())
+        c = data["conditions"]
+        said[op] = (
+            f"{c['processor']}, {c['threads']} thread, {c['simd']}; torch {c['torch']}; commit {c['commit']}; "
+            f"`vqkernels bench --op {op} --threads 1 --seconds 0.3 --json bench/results/{op}-{machine}.json`."
+        )
+        for r in data["records"]:
+            rows.setdefault((r["op"], r["shape"]), {})[r["backend"]] = r
+    lines = [
+        f"{said['trie_topk']} Milliseconds a step: log-softmax, mask, the best beams, without the model.",
+        "",
+        "| items, histories × beams | trie_topk | TrieLogitsProcessor and top-k | prefix_allowed_tokens_fn and top-k | trie_topk is |",
+        "|---|---|---|---|---|",
+    ]
+    for (op, shape), group in steps.items():
+        count = int(op.split(", ")[1].split()[0])
+        ours, processor, theirs = (
+            group[name] for name in ("vqkernels", "TrieLogitsProcessor", "transformers prefix_allowed_tokens_fn")
+        )
+        cells = [f"{r['median_ms'] / count:.3g}" if not r["error"] else r["error"] for r in (ours, processor, theirs)]
+        ratio = _ratio(theirs, ours) if not theirs["error"] else "–"
+        lines.append(f"| {shape.replace('x', '×')} | **{cells[0]}** | {cells[1]} | {cells[2]} | {ratio} |")
+    lines += ["", f"{said['trie']} Beside each time the most memory it took beyond the IDs, the result included.", ""]
+    lines += ["| the trie | items | vqkernels | dictionary of prefixes |", "|---|---|---|---|"]
+    for (op, shape), group in trie.items():
+        cells = [
+            f"{r['median_ms'] / 1e3:.3g} s, {r['extra_mb']:.0f} MB" if r else "–"
+            for r in (group["vqkernels"], group.get("dictionary of prefixes"))
+        ]
+        lines.append(f"| {op} | {shape} | **{cells[0]}** | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def _ratio(other: dict, ours: dict) -> str:
     ratio = other["median_ms"] / ours["median_ms"]
     return f"{ratio:.1f}× {'faster' if ratio >= 1 else '(slower)'}"
@@ -130,7 +167,11 @@ TABLES = {
         "demo": demo_table,
         "ops": ops_table,
     },
-    "bench/README.md": {"bench": lambda: bench_table("zen3"), "layers": lambda: layers_table("zen3")},
+    "bench/README.md": {
+        "bench": lambda: bench_table("zen3"),
+        "layers": lambda: layers_table("zen3"),
+        "trie": lambda: trie_tables("zen4"),
+    },
 }
 
 

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import trie_mutations
+
 ROOT = Path(__file__).parents[1]
 
 # name: file, what stands there (a regular expression), what replaces it, the tests that should notice
@@ -116,7 +118,7 @@ MUTATIONS = {
     "usage: masked rows are counted": (
         "vqkernels/reference/codebook_usage.py", r"indices < 0, codebook_size, indices", "indices < 0, 0, indices", OPS),
     "trie: a dead beam lives": (
-        "vqkernels/reference/trie_topk.py", r"live = states >= 0", "live = states >= -1", CODEBOOK),
+        "vqkernels/reference/trie_topk.py", r"\(states >= 0\) &", "(states >= -1) &", CODEBOOK),
     "layer: EMA without division": (
         "vqkernels/layers/codebook.py", r"self\.embed_avg / smoothed\.unsqueeze\(-1\)", "self.embed_avg", LAYERS),
     "layer: decay is ignored": (
@@ -448,7 +450,9 @@ def first_failure(tree: Path, tests: str) -> str | None:
 
 def main() -> int:
     words = sys.argv[1:]
-    chosen = {k: v for k, v in MUTATIONS.items() if not words or any(w in k for w in words)}
+    chosen = {
+        k: v for k, v in (MUTATIONS | trie_mutations.MUTATIONS).items() if not words or any(w in k for w in words)
+    }
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "vqkernels"

@@ -79,9 +79,9 @@ def test_compare_writes_what_it_promises(run):
 
 def test_the_report_needs_nothing_else(run):
     page = (run[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", page) and "http" not in page.replace("http-equiv", "")
-    for name in ("scores", "usage", "collisions", "training"):
+    for name in ("scores", "usage", "collisions", "training", "invalid"):
         assert (run[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

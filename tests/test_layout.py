@@ -12,10 +12,10 @@ FLOORS = [
     {"registry", "triton_kernels", "samples"},
     {"dispatch"},
     {"ops", "verify", "info", "cuda_report"},
-    {"layers", "compat", "bench"},
+    {"layers", "compat"},
     {"models"},
     {"semantic_ids"},
-    {"recommend", "images"},
+    {"recommend", "images", "bench"},
     {"cli"},
 ]
 GROUND = {"data", "pages", "numpy", "_native", "__version__"}

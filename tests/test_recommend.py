@@ -54,6 +54,76 @@ def test_seen_items_are_passed_over_exactly(model, histories):
     assert model.recommend(np.arange(1, n + 1), 3) == ([], [])
 
 
+def test_allow_and_deny_lists_are_exact(model, histories):
+    """Also for narrow beams, whose places prefixes of forbidden items must not take."""
+    n, exact = model.num_items, exhaustive(model, histories)
+    rng = np.random.default_rng(4)
+    stock = rng.random(n) < 0.5
+    ids = np.flatnonzero(stock) + 1
+    lists = [np.flatnonzero(rng.random(n) < share) + 1 for share in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)]
+    some = [set(x.tolist()) for x in lists]
+    every, stocked = set(range(1, n + 1)), set(ids.tolist())
+    cases = [
+        ({"allow": stock}, [stocked] * 7),
+        ({"allow": ids.tolist()}, [stocked] * 7),
+        ({"deny": ids}, [every - stocked] * 7),
+        ({"allow": lists}, some),
+        ({"deny": lists}, [every - x for x in some]),
+        ({"allow": stock, "deny": lists}, [stocked - x for x in some]),
+        ({"allow": lists, "deny": ids}, [x - stocked for x in some]),
+        (
+            {"allow": lists, "deny": [x[::2] for x in lists]},
+            [x - set(y[::2]) for x, y in zip(some, lists, strict=True)],
+        ),
+        ({"allow": []}, [set()] * 7),
+    ]
+    for options, wanted in cases:
+        for seen in (False, True):
+            items, scores = model.recommend_batch(histories, n, beams=64, exclude_seen=seen, batch_size=3, **options)
+            for row, score, history, want, logp in zip(items, scores, histories, wanted, exact, strict=True):
+                want = [i for i in np.argsort(-logp) + 1 if i in want and not (seen and i in history)]
+                assert row[: len(want)].tolist() == want and not row[len(want) :].any()
+                np.testing.assert_allclose(score[: len(want)], logp[np.array(want, int) - 1], atol=1e-5)
+    for item in (1, n):  # a beam of one finds the one item that is left
+        for options in ({"allow": [item]}, {"deny": [[i for i in range(1, n + 1) if i != item]]}):
+            assert model.recommend([2, 3], 1, beams=1, exclude_seen=False, **options)[0] == [item]
+
+
+def test_invalid_rates_by_level_and_width(model, histories):
+    """Against a free search over dictionaries of prefixes, one beam at a time."""
+    ids = some_ids()
+    prefixes = [{tuple(code[: n + 1]) for code in ids.tolist()} for n in range(3)]
+    table = model.invalid_rates(histories, beams=(1, 5, 64), batch_size=2)
+    assert list(table) == [1, 5, 64] and all(len(row) == 3 for row in table.values())
+    for width, row in table.items():
+        counted = np.zeros((3, 2))
+        for history in histories:
+            beams = [((), 0.0)]
+            for level in range(3):
+                grown = [
+                    ((*codes, c), s + p) for codes, s in beams for c, p in enumerate(next_logp(model, history, codes))
+                ]
+                beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+                counted[level] += [sum(codes not in prefixes[level] for codes, _ in beams) / len(beams), 1]
+        assert row == pytest.approx((counted[:, 0] / counted[:, 1]).tolist(), abs=1e-6)
+    assert table[64][-1] == pytest.approx(1 - len(ids) / 64) == model.invalid_rate(histories, beams=64)
+
+
+def next_logp(model, history, codes):
+    """Log-probabilities of the next code after these ones."""
+    with torch.inference_mode():
+        source, tokens = model.context([history])
+        low = [low for low, _ in model.level_ranges]
+        written = torch.tensor([[c + low[i] for i, c in enumerate(codes)]], dtype=torch.long)
+        hidden = model._decode(source, torch.cat([tokens, written], 1))[:, -1]
+        return model.level_logits(hidden, len(codes)).log_softmax(-1)[0].tolist()
+
+
+def test_no_argument_is_on_its_way_out(model, histories, recwarn):
+    model.recommend_batch(histories, 5)
+    assert not [str(w.message) for w in recwarn if "deprecat" in str(w.message).lower()]
+
+
 def test_a_batch_is_its_rows(model, histories):
     together, scores = model.recommend_batch(histories, 5, beams=8)
     for row, history in enumerate(histories):
@@ -173,6 +243,8 @@ def test_user_tokens(histories):
         (lambda m: m.fit([[1, 2]], epochs=0), "epochs 0"),
         (lambda m: m.recommend([1.5]), "whole numbers"),
         (lambda m: m.recommend([1], 20, beams=10), "k is 20 and beams is 10"),
+        (lambda m: m.recommend([1], 3, allow=[99]), "unknown item 99"),
+        (lambda m: m.recommend([1], 3, deny=[[1], [2]]), "deny has 2 lists for 1 histories"),
         (lambda m: TIGER(some_ids(), window=9, max_history=3), "window is 9"),
         (lambda m: TIGER(some_ids(), d_model=10, heads=4), "not a multiple of heads"),
         (lambda m: TIGER(some_ids()[[0, 0]]), "same semantic ID"),

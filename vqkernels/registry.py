@@ -233,7 +233,7 @@ SPECS: dict[str, OpSpec] = {
             edges=samples.trie_topk_edges,
             flops=lambda logits, *_: 4 * logits.numel(),
             bytes=lambda logits, *_: _size(logits),
-            compiled=("cuda", "triton"),
+            compiled=("cpu", "cuda", "triton"),
             tolerance=16.0,  # score and log-probability may cancel
         ),
     )

@@ -286,8 +286,18 @@ def trie_topk(dtype):
 
 def trie_topk_edges(dtype):
     _, (logits, scores, states, *trie, _) = trie_topk(dtype)[0]
+    hostile = logits.clone()
+    hostile[0, 0, 1], hostile[0, 1], hostile[1, 0, 4], hostile[2, 1, 2] = -torch.inf, -torch.inf, torch.inf, torch.nan
+    V = 605
+    wide, flat = _randn(3, 2, V, seed=27, dtype=dtype), torch.zeros(V + 2, dtype=torch.int64)
+    flat[1:] = V
+    flat = flat, torch.arange(V), torch.arange(1, V + 1)
     return [
         ("B0", (logits[:0], scores[:0], states[:0], *trie, 2)),
         ("dead beams", (logits, scores, torch.tensor([[-1, 2], [-1, -1], [3, 1]]), *trie, 4)),
         ("ties", (torch.zeros_like(logits), torch.zeros_like(scores), states, *trie, 4)),
+        ("no such node", (logits, scores, torch.tensor([[8, 2], [99, 1], [0, 7]]), *trie, 3)),
+        ("masked children", (logits, scores, states, trie[0], torch.tensor([0, -1, -1, 3, -1, 1, 4]), trie[2], 5)),
+        ("non-finite logits", (hostile, scores, torch.tensor([[2, 2], [2, 1], [0, 2]]), *trie, 6)),
+        ("every token a child", (wide, scores, torch.zeros_like(states), *flat, 40)),
     ]

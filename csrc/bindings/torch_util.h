@@ -71,6 +71,9 @@ inline ScalarType accumulate_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Asked first: a call that changes nothing costs a microsecond in the dispatcher.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Contiguous, with the shape, dtype and device that the kernel relies on.
 inline Tensor input(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                     ScalarType scalar_type, const Tensor& device_of) {
@@ -85,17 +88,27 @@ inline Tensor input(const char* op, const char* name, const Tensor& t, std::init
   if (t.scalar_type() != scalar_type)
     fail(op, name, " is ", dtype_name(t.scalar_type()), ", expected ", dtype_name(scalar_type));
   if (t.device() != device_of.device()) fail(op, name, " is on another device than the first argument");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {
   if (t.dim() != dim) fail(op, name, " has shape ", shape(t), ", expected ", layout);
 }
 
-// A new tensor beside `like`. Large host memory arrives fresh from the system; in huge pages it costs 512
+// A new tensor beside `like`, by the shim itself: the dispatcher would look new_empty up by its name, call after call.
+// Large host memory arrives fresh from the system; in huge pages it costs 512
 // times fewer page faults, which otherwise take longer than a memory-bound kernel.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType scalar_type) {
-  Tensor t = torch::stable::new_empty(like, sizes, scalar_type);
+  int64_t strides[4], d = static_cast<int64_t>(sizes.size()), step = 1;
+  for (auto size = sizes.end(); size != sizes.begin(); step *= *size > 1 ? *size : 1) --size, strides[--d] = step;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type, device_index, &handle));
+  Tensor t(handle);
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), bytes = t.numel() * t.element_size();

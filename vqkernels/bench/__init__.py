@@ -156,7 +156,7 @@ def measure(row: Row, limits: dict, seconds: float) -> Iterator[Result]:
 
 
 def rows() -> dict[str, Callable[[], Iterator[Row]]]:
-    """What there is to measure, by name: the operators, then the layers."""
-    from . import layers, ops
+    """What there is to measure, by name: the operators, the trie, the layers."""
+    from . import layers, ops, trie
 
-    return {**ops.ROWS, "layers": layers.rows}
+    return {**ops.ROWS, "trie_topk": trie.step_rows, "trie": trie.trie_rows, "layers": layers.rows}

@@ -18,13 +18,14 @@ def trie_topk(logits: Tensor, scores: Tensor, states: Tensor, trie, k: int) -> t
         scores: log-probabilities of the beams so far ``[B, W]``.
         states: trie node of each beam, int64 ``[B, W]``; -1 is a dead beam.
         trie: has ``row_offsets`` ``[S+1]``, ``edge_tokens`` and ``edge_children`` ``[E]``, int64: node s has the edges
-            row_offsets[s] .. row_offsets[s+1], tokens ascending; on the logits' device.
+            row_offsets[s] .. row_offsets[s+1], tokens ascending; on the logits' device. An edge whose token has no
+            logit, -1 for one, leads nowhere: that is how ``Trie.allow`` and ``deny`` mask items.
         k: beams to keep.
 
     Returns:
         ``scores`` ``[B, k]`` descending, ``beams`` ``[B, k]`` (which beam each came from), ``tokens`` ``[B, k]``,
-        ``states`` ``[B, k]``. Ties go to
-        the lowest (beam, token). Where fewer than k continuations are valid: score -inf and -1 elsewhere.
+        ``states`` ``[B, k]``. Ties go to the lowest (beam, token); NaN, from a beam with a NaN or infinite logit,
+        counts as highest. Where fewer than k continuations are valid: score -inf and -1 elsewhere.
 
     Raises:
         TypeError, ValueError: shapes or dtypes that do not fit, k < 1.

@@ -184,14 +184,18 @@ class Comparison:
             users=test.users,
             progress=lambda share: say("evaluation", share),
         )
-        invalid = model.invalid_rate(
-            test.histories, beams=s.free_beams, users=test.users, progress=lambda share: say("free beams", share)
+        invalid = model.invalid_rates(
+            test.histories,
+            (1, s.free_beams, s.beams),
+            users=test.users,
+            progress=lambda share: say("free beams", share),
         )
         extra = {
             "collision_rate": report["collision_rate"],
             "usage": float(np.mean(report["usage"])),
             "perplexity": float(np.mean(report["perplexity"])),
-            "invalid_rate": invalid,
+            "invalid_rate": invalid[s.free_beams][-1],
+            "invalid_rates": invalid,
             "train_seconds": seconds,
             "tokenizer": report,
             "tokenizer_history": tokenizer.history,

@@ -98,6 +98,11 @@ def write_report(out) -> Path:
                 "TIGER's loss per code by epoch (solid: training, dashed: validation), and the RQ-VAE's own training.",
                 _draw_training,
             ),
+            (
+                "invalid",
+                "Free search: the share of beams that lead to no item after each code, by the number of beams.",
+                _draw_invalid,
+            ),
         )
         if any(r["kind"] == "tiger" for r in results["rows"])
     ]
@@ -201,6 +206,23 @@ def _draw_training(results) -> bytes:
     return png(canvas)
 
 
+def _draw_invalid(results) -> bytes:
+    rows = [row for row, _ in _tiger_rows(results)]
+    canvas, axes = figure(1, len(rows), 11, 2.4)
+    top = max(share for row in rows for shares in row["invalid_rates"].values() for share in shares)
+    for ax, row in zip(axes[0], rows, strict=True):
+        for width, shares in row["invalid_rates"].items():
+            levels = range(1, len(shares) + 1)
+            ax.plot(levels, [100 * share for share in shares], marker="o", ms=3, lw=1.4, label=f"{width} beams")
+        ax.set_ylim(0, 105 * top or 1)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(LABELS[row["method"]], fontsize=9, fontweight="bold", loc="left")
+    axes[0, 0].set_ylabel("% of beams", fontsize=8)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    canvas.supxlabel("codes", fontsize=8)
+    return png(canvas)
+
+
 # The page.
 
 
@@ -241,7 +263,8 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
             f"<ol>{items}</ol></div></div>",
             f"<p>What came next: <b>{text(shown['next'])}</b>. {found}</p>",
         ]
-    titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training"}
+    titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training",
+              "invalid": "Invalid beams"}  # fmt: skip
     for name, caption, image in pictures:
         parts.append(f"<h2>{titles[name]}</h2>{picture(image, caption)}")
     parts += ["<h2>Machine and settings</h2>", facts(machine | settings)]

@@ -282,6 +282,8 @@ class TIGER(nn.Module):
         beams: int = 50,
         constrained: bool = True,
         exclude_seen: bool = True,
+        allow=None,
+        deny=None,
         users=None,
         batch_size: int = 64,
         progress=None,
@@ -295,7 +297,10 @@ class TIGER(nn.Module):
             constrained: walk the trie of valid IDs only; otherwise the search is free and returns 0 for each beam that
                 is no item's ID.
             exclude_seen: never return an item of the history. Exact: prefixes whose items were all seen give
-                their place to others. A free search ignores it.
+                their place to others. A free search ignores it, and the two below.
+            allow, deny: items that may be returned (in stock, fresh, ...) and that may not: ids, or a bool mask
+                ``[num_items]`` in the order of the ids, for all histories; or a list of lists of ids, one for each.
+                Exact like ``exclude_seen``.
             users: numbers of the users, for models with ``user_bins``.
             progress: called as ``progress(share_done)`` after each batch of ``batch_size`` histories.
 
@@ -307,9 +312,20 @@ class TIGER(nn.Module):
         histories = [self._checked(h) for h in histories]
         items = np.zeros((len(histories), k), dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
-        done = 0
+        done, trie = 0, self.trie
+        allow, deny = (self._listed(n, x, len(histories)) for n, x in (("allow", allow), ("deny", deny)))
+        if isinstance(allow, Tensor):
+            trie, allow = trie.allow(allow), None
+        if isinstance(deny, Tensor):
+            trie, deny = trie.deny(deny), None
+        closed = [h - 1 if exclude_seen else h[:0] for h in histories]
+        if deny is not None:
+            closed = [np.concatenate(lists) for lists in zip(closed, deny, strict=True)]
         for rows, group, who in self._groups(histories, users, batch_size):
-            found, score = beam.search(self, group, beams, constrained, exclude_seen, who)
+            view = None
+            if constrained:
+                view = beam.view(trie, allow and [allow[i] for i in rows], [closed[i] for i in rows])
+            found, score, _ = beam.search(self, group, beams, view, who)
             items[rows], scores[rows] = found[:, :k].cpu().numpy(), score[:, :k].cpu().numpy()
             done += len(rows)
             if progress:
@@ -334,8 +350,23 @@ class TIGER(nn.Module):
 
     def invalid_rate(self, histories, *, beams: int = 10, **options) -> float:
         """The share of freely searched beams (all ``beams`` of each history) that are no item's semantic ID."""
-        items, _ = self.recommend_batch(histories, beams, beams=beams, constrained=False, **options)
-        return float((items == 0).mean())
+        return self.invalid_rates(histories, (beams,), **options)[beams][-1]
+
+    @torch.inference_mode()
+    def invalid_rates(
+        self, histories, beams=(1, 10, 20, 50), *, users=None, batch_size: int = 64, progress=None
+    ) -> dict[int, list[float]]:
+        """``{beam width: [share of free beams that lead to no item after 1, 2, ... L codes]}``."""
+        histories, table = [self._checked(h) for h in histories], {}
+        for place, width in enumerate(beams):
+            shares, done = [], 0
+            for rows, group, who in self._groups(histories, users, batch_size):
+                shares.append(beam.search(self, group, width, None, who)[2])
+                done += len(rows)
+                if progress:
+                    progress((place + done / len(histories)) / len(beams))
+            table[width] = torch.cat(shares).mean(0).tolist()
+        return table
 
     def _groups(self, histories, users, batch_size):
         """Batches of histories that fill the decoder's window equally far, like lengths together."""
@@ -347,6 +378,17 @@ class TIGER(nn.Module):
                 if len(rows):
                     who = None if users is None else torch.as_tensor(np.asarray(users)[rows])
                     yield rows, [histories[i] for i in rows], who
+
+    def _listed(self, name: str, items, histories: int):
+        """Item ids as rows of the trie: one tensor for all histories (or the mask as it is), or a list for each."""
+        if items is None:
+            return None
+        if beam.per_history(items):
+            if len(items) != histories:
+                raise ValueError(f"{name} has {len(items)} lists for {histories} histories; give one list or one each")
+            return [self._checked(ids) - 1 for ids in items]
+        mask = torch.as_tensor(items)
+        return mask if mask.dtype == torch.bool else torch.from_numpy(self._checked(items) - 1)
 
     def _checked(self, items) -> np.ndarray:
         items = np.asarray(items)

@@ -17,11 +17,13 @@ def trie_topk(
     edge_children: Tensor,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [B,W,V], scores [B,W], states [B,W] -> scores, beams, tokens, states, each [B,k]."""
-    B, W, _ = logits.shape
+    """logits [B,W,V], scores [B,W], states [B,W] -> scores, beams, tokens, states, each [B,k].
+
+    A state that is no node is a dead beam, and a token that has no logit is no child: that is how a trie is masked."""
+    B, W, V = logits.shape
     logp = logits.to(accumulate_dtype(logits)).log_softmax(-1)
-    live = states >= 0
-    node = states.clamp(min=0)
+    live = (states >= 0) & (states < row_offsets.numel() - 1)
+    node = torch.where(live, states, 0)
     first, last = row_offsets[node], row_offsets[node + 1]
     width = int((last - first).max()) if states.numel() else 0
     slot = torch.arange(width, device=logits.device)
@@ -30,6 +32,8 @@ def trie_topk(
     edge = torch.where(valid, edge, 0)
     token = edge_tokens[edge] if edge_tokens.numel() else torch.zeros_like(edge)
     child = edge_children[edge] if edge_tokens.numel() else torch.zeros_like(edge)
+    valid &= (token >= 0) & (token < V)
+    token = torch.where(valid, token, 0)
     total = scores.to(logp.dtype).unsqueeze(-1) + logp.gather(-1, token)
     total = torch.where(valid, total, -torch.inf).reshape(B, W * width)
     # stable sort: ties keep the lowest (beam, token)

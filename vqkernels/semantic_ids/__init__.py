@@ -2,8 +2,10 @@
 
 from .base import Tokenizer, load_tokenizer
 from .collisions import add_digit, collision_report
+from .logits_processor import TrieLogitsProcessor
 from .rqvae import RQVAETokenizer
 from .tokenizers import HierarchicalKMeansTokenizer, RandomTokenizer, ResidualKMeansTokenizer
+from .trie import Trie
 
 __all__ = [
     "HierarchicalKMeansTokenizer",
@@ -11,6 +13,8 @@ __all__ = [
     "RandomTokenizer",
     "ResidualKMeansTokenizer",
     "Tokenizer",
+    "Trie",
+    "TrieLogitsProcessor",
     "add_digit",
     "collision_report",
     "load_tokenizer",

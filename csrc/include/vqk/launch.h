@@ -32,6 +32,7 @@ void codeword_sums(const CodewordSumsParams&, const Parallel&);
 void kmeans_plus_plus(const KMeansPlusPlusParams&, const Parallel&);
 void fsq(const FsqParams&, const Parallel&);
 void fsq_backward(const FsqBackwardParams&, const Parallel&);
+void trie_topk(const TrieTopkParams&, const Parallel&);
 
 // Measures the fp32 multiply-add peak of parallel.threads cores at the SIMD level in use, in GFLOP/s.
 double fma_peak_gflops(const Parallel&);

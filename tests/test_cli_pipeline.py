@@ -71,7 +71,7 @@ def test_compare_writes_what_it_promises(run):
     assert {"processor", "torch", "vqkernels"} <= results["machine"].keys() and results["settings"]["seed"] == 0
     for name in rows:
         assert (
-            name in ("popularity", "markov", "content")
+            name in ("popularity", "markov", "content", "sasrec")
             or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
         )
     assert "does not beat Markov" in " ".join(output.split())

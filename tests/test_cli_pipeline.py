@@ -52,7 +52,7 @@ def test_compare_writes_what_it_promises(run):
     out, output = run
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["random", "rkmeans", "rqvae-rotation", "popularity", "markov", "content"]
+    assert list(rows) == ["random", "rkmeans", "rqvae-rotation", "popularity", "markov", "content", "sasrec"]
     columns = {
         "HR@1",
         "HR@5",
@@ -71,7 +71,7 @@ def test_compare_writes_what_it_promises(run):
     assert {"processor", "torch", "vqkernels"} <= results["machine"].keys() and results["settings"]["seed"] == 0
     for name in rows:
         assert (
-            name in ("popularity", "markov", "content")
+            name in ("popularity", "markov", "content", "sasrec")
             or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
         )
     assert "does not beat Markov" in " ".join(output.split())
@@ -112,11 +112,11 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     assert vqkernels(*arguments).exit_code != 0
     monkeypatch.undo()
     before = json.loads((out / "results.json").read_text())["rows"]
-    assert [r["method"] for r in before] == ["random", "popularity", "markov", "content"]
+    assert [r["method"] for r in before] == ["random", "popularity", "markov", "content", "sasrec"]
     result = vqkernels(*arguments, "--resume")
     assert result.exit_code == 0 and "random codes: finished before, kept" in plain(result)
     after = json.loads((out / "results.json").read_text())["rows"]
-    assert [r["method"] for r in after] == ["random", "rkmeans", "popularity", "markov", "content"] and after[
+    assert [r["method"] for r in after] == ["random", "rkmeans", "popularity", "markov", "content", "sasrec"] and after[
         0
     ] == before[0]
     other = vqkernels(*arguments, "--resume", "--seed", 5)

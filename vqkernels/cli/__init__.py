@@ -19,6 +19,7 @@ COMMANDS = (
     "tune",
     "demo",
     "compare",
+    "cold-start",
     "compare-codebooks",
     "tokenize",
     "recommend",

@@ -79,7 +79,7 @@ def run(catalogue, methods, settings, out: Path, *, overwrite: bool = False, res
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from ..recommend.compare import METHODS, Comparison
+    from ..recommend.compare import BASELINES, METHODS, Comparison
     from ..recommend.report import verdicts, write_report
 
     console = Console(highlight=False)
@@ -103,7 +103,9 @@ def run(catalogue, methods, settings, out: Path, *, overwrite: bool = False, res
     )
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("All methods", total=len(methods), note="")
-        comparison.baselines()
+        task = progress.add_task(BASELINES["sasrec"], total=1.0, note="")
+        comparison.baselines(lambda done, loss: progress.update(task, completed=done, note=f"loss {loss:.3f}"))
+        progress.update(task, visible=False)
         for place, method in enumerate(methods):
             if comparison.finished(method):
                 console.print(f"{METHODS[method]}: finished before, kept")

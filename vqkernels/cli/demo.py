@@ -20,7 +20,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished rows of the same run in --out.")] = False,
 ) -> None:
-    """MovieLens-100k from titles to recommendations: four kinds of semantic IDs, TIGER on each, three baselines."""
+    """MovieLens-100k from titles to recommendations: four kinds of semantic IDs, TIGER on each, four baselines."""
     from rich.console import Console
 
     from ..data import load_folder, movielens100k

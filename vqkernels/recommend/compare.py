@@ -17,6 +17,7 @@ from ..data import Catalogue, DataError, save_folder
 from ..data.catalogue import read_array, write_array, write_atomic
 from .baselines import ContentNeighbours, Markov, Popularity
 from .evaluation import METRICS, leave_one_out, metrics
+from .sasrec import SASRec
 from .tiger import TIGER
 
 METHODS = {
@@ -31,6 +32,7 @@ BASELINES = {
     "popularity": "most popular items",
     "markov": "first-order Markov chain",
     "content": "content neighbours",
+    "sasrec": "SASRec",
 }
 RESULTS = "results.json"
 MODEL_COLUMNS = ("collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
@@ -136,13 +138,16 @@ class Comparison:
     def finished(self, method: str) -> bool:
         return any(row["method"] == method for row in self.rows)
 
-    def baselines(self) -> None:
-        """Adds the three baseline rows."""
+    def baselines(self, progress=None) -> None:
+        """Adds the baseline rows. ``progress(share_done, loss)`` hears how far SASRec is, which alone takes long."""
         items, train = self.catalogue.num_items, self.split.train
         made = {
             "popularity": lambda: Popularity(items).fit(train),
             "markov": lambda: Markov(items).fit(train),
             "content": lambda: ContentNeighbours(self.catalogue.embeddings),
+            "sasrec": lambda: SASRec(items, seed=self.settings.seed).fit(
+                train, validation=self.split.validation, progress=progress
+            ),
         }
         for name, make in made.items():
             if not self.finished(name):

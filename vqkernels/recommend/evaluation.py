@@ -73,3 +73,62 @@ def evaluate(recommender, queries: Queries, **options) -> dict[str, float]:
     """:func:`metrics` of the top 10 that ``recommender.recommend_batch(histories, k, **options)`` returns first."""
     items, _ = recommender.recommend_batch(queries.histories, 10, **options)
     return metrics(items, queries.targets)
+
+
+class ColdSplit(NamedTuple):
+    """``cold_items``: ids that no training or validation sequence and no history has. The test queries whose target is
+    one of them, ``cold``, and the others, ``in_set``."""
+
+    train: list[np.ndarray]
+    validation: Queries
+    in_set: Queries
+    cold: Queries
+    cold_items: np.ndarray
+
+
+def cold_split(sequences, *, share: float = 0.05, seed: int = 0, cold_items=None) -> ColdSplit:
+    """Leave-one-out with items that appear after training.
+
+    They vanish from training, validation and all histories; what a test user did with one last is what the cold test
+    asks for (Rajput et al. 2023, section 4.3). Users left without a history or a target are left out.
+
+    Args:
+        sequences: item ids, oldest first.
+        share: of the different test targets; so many are drawn by ``seed`` to be cold.
+        cold_items: these ids instead, such as the newest of a catalogue.
+
+    Raises:
+        ValueError: for a share outside (0, 1), or when no test query is left of either kind.
+    """
+    sequences = [np.asarray(s, dtype=np.int64) for s in sequences]
+    targets = np.unique([s[-1] for s in sequences if len(s) >= 3])
+    if cold_items is None:
+        if not 0 < share < 1:
+            raise ValueError(f"share is {share}; a number between 0 and 1 is needed")
+        count = max(1, round(share * len(targets)))
+        cold_items = np.random.default_rng(seed).permutation(targets)[:count]
+    cold_items = np.unique(np.asarray(cold_items, dtype=np.int64))
+    warm = [s[~np.isin(s, cold_items)] for s in sequences]
+
+    def queries(wanted) -> Queries:
+        rows = [i for i, s in enumerate(sequences) if len(s) >= 3 and wanted(i)]
+        return Queries(
+            [warm[i] if sequences[i][-1] in known else warm[i][:-1] for i in rows],
+            np.array([sequences[i][-1] for i in rows], dtype=np.int64),
+            np.array(rows, dtype=np.int64),
+        )
+
+    known = set(cold_items.tolist())
+    cold = queries(lambda i: sequences[i][-1] in known and len(warm[i]))
+    in_set = queries(lambda i: sequences[i][-1] not in known and len(warm[i]) > 1)
+    if not len(cold.targets) or not len(in_set.targets):
+        raise ValueError(
+            f"{len(cold.targets)} test users end with a cold item and {len(in_set.targets)} with another; both kinds "
+            "are needed. Choose other cold items, or another share"
+        )
+    last = np.array([len(s) >= 3 and s[-1] not in known for s in sequences])
+    before = [s[:-1] if drop else s for s, drop in zip(warm, last, strict=True)]  # without the test targets
+    rows = [i for i, s in enumerate(before) if len(s) >= 3]
+    validation = Queries([before[i][:-1] for i in rows], np.array([before[i][-1] for i in rows]), np.array(rows))
+    train = [s[:-1] if len(s) >= 3 else s for s in before]
+    return ColdSplit(train, validation, in_set, cold, cold_items)

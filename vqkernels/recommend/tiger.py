@@ -22,6 +22,7 @@ from . import beam
 
 PAD, START = 0, 1
 CONFIG, WEIGHTS = "tiger.json", "tiger.safetensors"
+TIED = ("embed_tokens.weight", "lm_head.weight")  # further names of T5's only embedding
 
 
 class TIGER(nn.Module):
@@ -154,17 +155,25 @@ class TIGER(nn.Module):
             input_ids=tokens, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
         ).last_hidden_state
 
-    def _loss(self, past: Tensor, target: Tensor, users: Tensor | None) -> Tensor:
-        """Mean cross entropy per code. past ``[B, T]`` and target ``[B, window]`` are item ids, 0 = padding."""
+    def _states(self, past: Tensor, target: Tensor, users: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of items past ``[B, T]`` and target ``[B, window]``, 0 = padding: what the decoder knows before each code of
+        the ``n`` real targets, ``[n, levels, d_model]``, and the targets, ``[n]``."""
         labels = self.item_tokens[target].flatten(1)
         hidden = self._decode(self._source(past, users), torch.cat([self._start(len(target)), labels[:, :-1]], 1))
         real = target > 0
-        hidden, codes = hidden.unflatten(1, (-1, self.levels))[real], self.item_tokens[target[real]]
+        return hidden.unflatten(1, (-1, self.levels))[real], target[real]
+
+    def _code_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean cross entropy per code of what ``_states`` returns."""
+        codes = self.item_tokens[target]
         losses = [
             nn.functional.cross_entropy(self.level_logits(hidden[:, level], level), codes[:, level] - low)
             for level, (low, _) in enumerate(self.level_ranges)
         ]
         return torch.stack(losses).mean()
+
+    def _loss(self, past: Tensor, target: Tensor, users: Tensor | None) -> Tensor:
+        return self._code_loss(*self._states(past, target, users))
 
     # Training.
 
@@ -402,6 +411,11 @@ class TIGER(nn.Module):
 
     # Files.
 
+    GIVEN: tuple[str, ...] = ()  # the constructor's arrays between semantic_ids and codebook_sizes
+
+    def _given(self) -> dict[str, Tensor]:
+        return {}
+
     def save(self, path) -> Path:
         """Writes ``tiger.json`` and ``tiger.safetensors`` into a folder, each whole or not at all."""
         from safetensors.torch import save
@@ -409,14 +423,8 @@ class TIGER(nn.Module):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         ids = self.item_tokens[1:].cpu() - torch.tensor([low for low, _ in self.level_ranges])
-        state = {name: value.cpu().contiguous() for name, value in self.t5.state_dict().items()}
-        # the embedding is one tensor under several names
-        state = {
-            "t5." + name: value
-            for name, value in state.items()
-            if not name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        }
-        write_atomic(folder / WEIGHTS, save({"semantic_ids": ids.contiguous(), **state}))
+        state = {name: value.cpu().contiguous() for name, value in self.state_dict().items() if not name.endswith(TIED)}
+        write_atomic(folder / WEIGHTS, save({"semantic_ids": ids.contiguous(), **self._given(), **state}))
         config = {
             "format": 1,
             "codebook_sizes": self.codebook_sizes,
@@ -438,12 +446,17 @@ class TIGER(nn.Module):
         try:
             config = json.loads((folder / CONFIG).read_bytes())
             state = load((folder / WEIGHTS).read_bytes())
-            model = cls(state.pop("semantic_ids").numpy(), config["codebook_sizes"], **config["arguments"])
+            given = {name: state.pop(name).numpy() for name in cls.GIVEN}
+            model = cls(
+                state.pop("semantic_ids").numpy(), *given.values(), config["codebook_sizes"], **config["arguments"]
+            )
             lost = model.load_state_dict(state, strict=False)
-            wrong = [name for name in lost.missing_keys if not name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+            wrong = [name for name in lost.missing_keys if not name.endswith(TIED)]
             if wrong or lost.unexpected_keys:
                 raise KeyError(f"tensors missing: {wrong}, unknown: {lost.unexpected_keys}")
             model.history = config["history"]
         except Exception as error:  # safetensors raises its own class for damaged files
-            raise DataError(f"{folder}: not a whole saved TIGER model ({error!r}). Train and save it again") from None
+            raise DataError(
+                f"{folder}: not a whole saved {cls.__name__} model ({error!r}). Train and save it again"
+            ) from None
         return model

@@ -102,10 +102,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   int64_t strides[4], d = static_cast<int64_t>(sizes.size()), step = 1;
   for (auto size = sizes.end(); size != sizes.begin(); step *= *size > 1 ? *size : 1) --size, strides[--d] = step;
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type, device_index, &handle));
   Tensor t(handle);

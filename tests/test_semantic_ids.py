@@ -56,7 +56,7 @@ def x():
     return (5 + 0.01 * x).astype(np.float32)
 
 
-@pytest.fixture(params=SMALL, ids=lambda t: getattr(t, 'quantizer', t.kind))
+@pytest.fixture(params=SMALL, ids=lambda t: getattr(t, "quantizer", t.kind))
 def tokenizer(request, x):
     return type(request.param)(**request.param._config()).fit(x, progress=False)
 
@@ -215,7 +215,9 @@ def test_rqvae_on_few_items_and_bad_settings(x):
     assert len(np.unique(tokenizer.semantic_ids, axis=0)) == 9
     with pytest.raises(ValueError, match=r"estimator='soft' is unknown to quantizer='residual'. Use 'rotation' or"):
         RQVAETokenizer(estimator="soft")
-    with pytest.raises(ValueError, match=r"estimator='gumbel' is unknown to quantizer='simvq'. Use 'rotation' or 'ste'"):
+    with pytest.raises(
+        ValueError, match=r"estimator='gumbel' is unknown to quantizer='simvq'. Use 'rotation' or 'ste'"
+    ):
         RQVAETokenizer(quantizer="simvq", estimator="gumbel")
     with pytest.raises(ValueError, match=r"quantizer='lfq' is unknown. Use 'residual' or 'simvq' or 'fsq'"):
         RQVAETokenizer(quantizer="lfq")

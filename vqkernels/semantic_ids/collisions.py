@@ -33,7 +33,7 @@ def collision_report(codes: np.ndarray) -> dict:
         "unique_fraction": float(len(sizes) / len(codes)),
         "collision_rate": float(sizes[sizes > 1].sum() / len(codes)),
         "largest_group": int(sizes.max()),
-        "group_sizes": [list(pair) for pair in zip(*(a.tolist() for a in np.unique(sizes, return_counts=True)))],
+        "group_sizes": np.stack(np.unique(sizes, return_counts=True), 1).tolist(),
     }
 
 

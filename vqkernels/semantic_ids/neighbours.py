@@ -19,7 +19,9 @@ def shared_prefixes(codes, titles: Sequence[str], items: Sequence[int], most: in
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or len(codes) != len(titles):
-        raise DataError(f"codes of shape {list(codes.shape)} and {len(titles)} titles; give one row and one title an item")
+        raise DataError(
+            f"codes of shape {list(codes.shape)} and {len(titles)} titles; give one row and one title an item"
+        )
     found = []
     for item in items:
         if not 0 <= item < len(codes):

@@ -23,11 +23,11 @@ ENCODE_ROWS = 1 << 14  # rows encoded at a time
 class RQVAETokenizer(Tokenizer):
     """Trains an ``RQVAE`` on the standardised embeddings with AdamW; the IDs are its residual codes.
 
-    ``quantizer``, ``estimator``, ``latent_dim``, ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more where these are fewer than 320 steps), ``lr``,
-    ``batch_size``: of the training; the loss of each epoch, and the usage and perplexity of its codes (one number a
-    level), are in ``history``. The codebooks of "residual" are seeded by k-means++ on the encoded items, and codewords
-    that a batch hardly uses move onto other items, so that they stay in use; "simvq" moves all codewords at each step,
-    and the grid of "fsq" does not need to move.
+    ``quantizer``, ``estimator``, ``latent_dim``, ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more
+    where these are fewer than 320 steps), ``lr``, ``batch_size``: of the training; the loss of each epoch, and the
+    usage and perplexity of its codes (one number a level), are in ``history``. The codebooks of "residual" are seeded
+    by k-means++ on the encoded items, and codewords that a batch hardly uses move onto other items, so that they stay
+    in use; "simvq" moves all codewords at each step, and the grid of "fsq" does not need to move.
     """
 
     kind = "rqvae"

@@ -110,7 +110,9 @@ class ProductKMeansTokenizer(KMeansTokenizer):
 
     def _fit(self, z: Tensor, progress) -> None:
         if z.shape[1] < self.levels:
-            raise DataError(f"embeddings: {z.shape[1]} features do not split into levels={self.levels}. Use fewer levels")
+            raise DataError(
+                f"embeddings: {z.shape[1]} features do not split into levels={self.levels}. Use fewer levels"
+            )
         self._codebooks, loss = [], float(z.double().square().mean())
         with progress_bar(progress, "product k-means", self.levels) as advance:
             for level, part in enumerate(self._parts(z)):
@@ -126,7 +128,9 @@ class ProductKMeansTokenizer(KMeansTokenizer):
     def _decode(self, codes: Tensor) -> Tensor:
         # features whose level is not given are at their mean, which standardisation made 0
         known = [book.to(codes.device)[column] for book, column in zip(self._codebooks, codes.T, strict=False)]
-        unknown = [codes.new_zeros(len(codes), book.shape[1], dtype=book.dtype) for book in self._codebooks[len(known) :]]
+        unknown = [
+            codes.new_zeros(len(codes), book.shape[1], dtype=book.dtype) for book in self._codebooks[len(known) :]
+        ]
         return torch.cat(known + unknown, 1)
 
 

@@ -28,10 +28,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     catalogue = load_folder(args.data, items_only=True)
     print(f"{catalogue.num_items:,} items of {catalogue.name}, collisions={args.collisions}; {machine()}\n")
-    print(
-        "| tokenizer | unique | largest group | usage by level, % | entropy by level, bits | energy by level, % | s |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = ("tokenizer", "unique", "largest group", "usage, %", "entropy, bits", "energy, %", "s")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     reports = {}
     for method in args.methods.split(","):
         tokenizer = make_tokenizer(method, collisions=args.collisions)

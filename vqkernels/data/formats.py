@@ -65,7 +65,7 @@ class Raw:
 def clean(text: str) -> str:
     """Text of a web page to plain words: entities resolved, also those encoded twice, tags and scripts taken out."""
     text = html.unescape(html.unescape(text))
-    text = re.sub(r"<(script|style)\b.*?</\1\s*>|<[^<>]*>", " ", text, flags=re.S | re.I)
+    text = re.sub(r"<(script|style)\b.*?</\1\s*>|</?[a-zA-Z!][^<>]*>", " ", text, flags=re.S | re.I)
     return "" if SCRIPT.search(text) else " ".join(text.split())
 
 

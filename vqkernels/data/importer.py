@@ -29,8 +29,8 @@ def import_data(sources, format: str, *, core: int = 0, embeddings=None) -> Impo
     ``sources``: files, or a folder that holds them. ``format``: "amazon2014", "amazon2018", "amazon2023" (reviews or
     ratings, and metadata), "recbole", "movielens" (100k, 1m, csv), "s3rec" (``user item item ...``), "sasrec" (``user
     item``) or "lcrec" (``X.inter.json``, ``X.item.json``, ``X.index.json``). ``core``: keep only users and items with
-    at least so many interactions, among those that are kept. ``embeddings``: a file as in ``read_embeddings``, with rows
-    in the order of the item ids, or by the items' own ids.
+    at least so many interactions, among those that are kept. ``embeddings``: a file as in ``read_embeddings``, rows in
+    the order of the item ids, or by the items' own ids.
 
     Items and users are numbered in the order of their own ids, numbers before words; ``source_ids`` keeps the items'.
     A history is ordered by time; interactions at one time keep the order of the files. Every rating counts as an

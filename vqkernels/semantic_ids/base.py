@@ -17,7 +17,7 @@ from ..ops import codebook_usage
 from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
-REPORT_ROWS = 1 << 14  # rows decoded at a time
+CHUNK = 1 << 14  # rows looked at in float64, or decoded, at a time
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
 
@@ -98,8 +98,8 @@ class Tokenizer:
         if not len(x):
             raise DataError("embeddings have no rows. Give one row an item")
         start = time.perf_counter()
-        variance, mean = torch.var_mean(x.double(), 0, correction=0)
-        scale = variance.mean().sqrt()
+        mean = sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)
+        scale = (sum((rows - mean).square().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
         self._mean, self._scale = mean.float().cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
         self._fingerprints = _fingerprints(x)
         self.history, self.notes = [], []
@@ -264,7 +264,7 @@ class Tokenizer:
 
     def _energy(self, z: Tensor, codes: Tensor) -> list[float] | None:
         left = [0.0] * self.levels
-        for rows, own in zip(z.split(REPORT_ROWS), codes.split(REPORT_ROWS), strict=True):
+        for rows, own in zip(z.split(CHUNK), codes.split(CHUNK), strict=True):
             for level in range(self.levels):
                 decoded = self._decode(own[:, : level + 1])
                 if decoded is None:

@@ -10,6 +10,8 @@ from ..data.progress import progress_bar
 from ..ops import codebook_usage, kmeans, nearest_codeword, residual_quantize
 from .base import DataError, Tokenizer, _fingerprints
 
+SEED_ROWS = 64  # a codeword; more rows than these do not take part in k-means++
+
 
 class RandomTokenizer(Tokenizer):
     """Codes drawn at random by ``seed``: what semantic IDs must beat. A new item's codes follow from its embedding and
@@ -29,7 +31,8 @@ class RandomTokenizer(Tokenizer):
 
 
 class KMeansTokenizer(Tokenizer):
-    """What the k-means tokenizers share: ``iters``, and a table of centroids a level."""
+    """What the k-means tokenizers share: ``iters``, and a table of centroids a level. k-means++ draws its centroids
+    from at most 64 rows a codeword; Lloyd's iterations go over all rows."""
 
     def __init__(
         self, levels: int = 3, codebook_size: int = 256, seed: int = 0, iters: int = 20, collisions: str = "digit"
@@ -45,7 +48,11 @@ class KMeansTokenizer(Tokenizer):
                 f"level {level + 1}: {k} codewords instead of {self.codebook_size}, since only so many rows are "
                 "different there"
             )
-        km = kmeans(z, k, iters=self.iters, seed=self.seed + level)
+        init, seed = "k-means++", self.seed + level
+        if len(z) > SEED_ROWS * k:  # k-means++ reads all its rows k times: on all of them it would outlast the rest
+            sample = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[: SEED_ROWS * k]
+            init = kmeans(z[sample.to(z.device)], k, iters=0, seed=seed).centroids
+        km = kmeans(z, k, init, self.iters, seed)
         self._codebooks.append(km.centroids.cpu())
         return km
 

@@ -17,7 +17,7 @@ from ..ops import codebook_usage
 from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
-CHUNK = 1 << 14  # rows looked at in float64, or decoded, at a time
+CHUNK = 1 << 11  # rows looked at in float64, or decoded, at a time: they stay in the cache
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
 

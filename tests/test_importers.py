@@ -30,7 +30,7 @@ def review(user, item, time, **more):
 META_2014 = (
     "{'asin': 'B2', 'title': \"Rock &amp;amp; Roll's\", 'categories': [['Music', 'Rock'], ['Music']], 'brand': 'X'}\n"
     "{'asin': 'B1', 'price': 9.99, 'related': {'also_bought': ['B2']}}\n"
-    "{'asin': 'B9', 'title': 'never bought'}\n"
+    "{'asin': 'B9', 'title': 'never bought'}\n{'asin': 'B2', 'title': 'a later line'}\n"
 )
 META_2018 = lines(
     {"asin": "B1", "title": "A &amp; B", "brand": "by\n\n    Acme", "category": ["Games", "<span>PC</span>"]},

@@ -255,6 +255,7 @@ BAD = [
     ("movielens", "u.item", "1|Toy\n", r"u.item:1: 2 columns"),
     ("movielens", "movies.csv", "id,title\n", r"movies.csv:1: the header is 'id,title'"),
     ("movielens", "movies.csv", "movieId,title,genres\n1,x\n", r"movies.csv:2: 2 columns"),
+    ("movielens", "movies.csv", 'movieId,title,genres\n1,"over\ntwo lines"\n', r"movies.csv:2: 2 columns"),
     ("s3rec", "X.txt", "1 2 3\n\n2\n", r"X.txt:3: user '2' has no items"),
     ("s3rec", "X.txt", "1 2\n1 3\n", r"X.txt:2: user '1' was already on line 1"),
     ("s3rec", "X.txt", "\n\n", r"no interactions"),

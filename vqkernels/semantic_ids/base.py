@@ -17,6 +17,7 @@ from ..ops import codebook_usage
 from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
+DECODED = 1 << 17  # codes decoded at a time where every item is tried with every code
 CHUNK = 1 << 11  # rows looked at in float64, or decoded, at a time: they stay in the cache
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
@@ -233,6 +234,9 @@ class Tokenizer:
     def _last_costs(self, z: Tensor, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Squared error of z[rows] with each code of the last level in place of its own: [len(rows), K]."""
         k = self._level_sizes()[-1]
+        if len(rows) * k > DECODED and len(rows) > 1:
+            halves = np.array_split(rows, 2)
+            return np.concatenate([self._last_costs(z, codes, half) for half in halves])
         every = torch.from_numpy(codes[rows]).to(z.device).repeat_interleave(k, 0)
         every[:, -1] = torch.arange(k, device=z.device).repeat(len(rows))
         decoded = self._decode(every)

@@ -154,7 +154,7 @@ GOOD = {
         {
             "X.inter.json": '{"1": [3, 0],\n"0": [0, 3]}',
             "X.item.json": '{"0": {"title": "Zero", "brand": "B", "categories": "C, D", "description": ""},\n"7": {}}',
-            "X.index.json": '{"3": ["<a_5>", "<b_6>"], "0": ["<a_1>", "<b_2>", "<c_1>"], "7": ["<a_1>", "<b_2>"]}',
+            "X.index.json": '{"3": ["<a_5>", "<b_6>"], "0": ["<a_1>", "<b_2>", "<c_1>"], "1": ["<a_1>", "<b_2>"]}',
         },
         ["0", "1"],
         [[1, 2], [2, 1]],
@@ -348,20 +348,27 @@ def test_texts_are_cleaned(text, expected):
 
 def test_warnings(tmp_path):
     rows = [f"{u},{i},5,{t}" for u in range(30) for t, i in ((1, 1), (2, 2), (2, 3))]
-    write(tmp_path, {"ratings.csv": "\n".join(["userId,movieId,rating,timestamp", *rows, "99,4,5,1", "99,4,5,1"])})
+    write(
+        tmp_path,
+        {
+            "ratings.csv": "\n".join(
+                ["userId,movieId,rating,timestamp", *rows, "98,1,5,1", "98,2,5,1", "98,3,5,2", "99,4,5,1", "99,4,5,1"]
+            )
+        },
+    )
     write(tmp_path, {"movies.csv": "movieId,title,genres\n1,Same,X\n2,Same,X\n3,Other,X\n"})
     np.save(tmp_path / "e.npy", np.array([[1.0, 0], [1, 0], [0, 0], [0, 1]]))
     imported = import_data(tmp_path, "movielens", embeddings=tmp_path / "e.npy")
     assert [re.sub(r"[.:,] .*", "", note) for note in imported.warnings] == [
-        "30 of 30 sequences are sorted by item id",
+        "31 of 31 sequences are sorted by item id",
         "1 users have fewer than 3 interactions",
         "1 interactions repeat the user's one before",
         "1 items have no text",
         "2 items have the text of another",
         "1 embeddings repeat another",
         "1 embeddings are zero",
-        "31 of 31 users (100%) share one time on their last two interactions",
-        "31 interactions (34%) are at the time of the one before",
+        "31 of 32 users (97%) share one time on their last two interactions",
+        "32 interactions (34%) are at the time of the one before",
         "1 interactions are there twice",
     ]
     falling = tmp_path / "out"

@@ -33,6 +33,16 @@ def test_folder_is_read_by_item_id_not_by_row(folder):
     assert str(catalogue).endswith("2 users, 3 items, 4 interactions")
 
 
+def test_source_ids_are_kept_and_are_no_text(folder):
+    (folder / "items.csv").write_text("item_id,source_id,brand\n1,B01,Acme\n3,B03,\n2,B02,Best\n")
+    catalogue = data.load_folder(folder)
+    assert catalogue.source_ids == ["B01", "B02", "B03"]
+    assert catalogue.item_titles == catalogue.item_texts == ["Acme", "Best", "item 3"]
+    (folder / "items.csv").write_text("item_id,source_id\n1,B01\n")
+    with pytest.raises(data.DataError, match=r"items.csv:1: the header is 'item_id,source_id'"):
+        data.load_folder(folder)
+
+
 def test_gzip_byte_order_mark_and_windows_line_ends_make_no_difference(folder):
     plain = data.load_folder(folder)
     for name in ("items.csv", "sequences.txt"):

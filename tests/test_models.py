@@ -83,6 +83,40 @@ def test_rqvae_encode_and_decode_move_nothing():
     assert coarse[2] < 1e-9 < coarse[0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"quantizer": "simvq"}, {"quantizer": "fsq"}, {"estimator": "gumbel"}], ids=lambda o: str(o)
+)
+def test_other_rqvaes_learn_encode_and_decode(options):
+    x = clusters()
+    model = RQVAE(12, hidden=[16], levels=2, codebook_size=8, **options)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with torch.no_grad():
+        model.quantizer(model.encoder(x))
+    first = None
+    for _ in range(150):
+        out = model(x)
+        first = first or out.reconstruction_loss.item()
+        optimizer.zero_grad()
+        out.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert model.encoder[0].weight.grad.abs().max() > 0
+        optimizer.step()
+    out, codes = model.eval()(x), model.encode(x)
+    assert out.reconstruction_loss < 0.5 * first and len(torch.unique(codes, dim=0)) > 8
+    assert torch.equal(codes, out.indices) and codes.dtype == torch.int64 and 0 <= codes.min() and codes.max() < 8
+    torch.testing.assert_close(model.decode(codes), out.reconstruction)
+    coarse, fine = (model.decode(codes[:, :levels]) for levels in (1, 2))
+    assert (coarse - x).square().mean() > (fine - x).square().mean()
+
+
+def test_rqvae_settings():
+    model = RQVAE(12, hidden=[16], quantizer="fsq", codebook_size=300)
+    assert model.quantizer.codebook_size == 256 and model.encoder[-1].out_features == 8
+    with pytest.raises(ValueError, match=r"latent_dim=32 with quantizer='fsq': codebook_size=256 gives 8"):
+        RQVAE(12, quantizer="fsq", latent_dim=32)
+    assert RQVAE(12, quantizer="fsq", latent_dim=8).encoder[-1].out_features == 8
+
+
 @pytest.mark.parametrize("estimator", ["rotation", "ste"])
 def test_vqvae_learns_images_and_is_seeded(images, estimator):
     def trained():

@@ -9,20 +9,29 @@ import torch
 from vqkernels import kmeans
 from vqkernels.data import DataError
 from vqkernels.semantic_ids import (
+    METHODS,
     HierarchicalKMeansTokenizer,
+    ProductKMeansTokenizer,
     RandomTokenizer,
     ResidualKMeansTokenizer,
     RQVAETokenizer,
     add_digit,
     collision_report,
     load_tokenizer,
+    make_tokenizer,
+    shared_prefixes,
 )
+from vqkernels.semantic_ids.collisions import transport
 
 SMALL = [
     RandomTokenizer(3, 8, seed=1),
     ResidualKMeansTokenizer(3, 8, seed=1),
     HierarchicalKMeansTokenizer(2, 6, seed=1),
-    RQVAETokenizer(3, 8, seed=1, latent_dim=8, hidden=[32], epochs=20, lr=5e-3, batch_size=100),
+    ProductKMeansTokenizer(3, 8, seed=1),
+    *(
+        RQVAETokenizer(3, 8, seed=1, hidden=[32], epochs=20, lr=5e-3, batch_size=100, **options)
+        for options in ({"latent_dim": 8}, {"quantizer": "simvq", "latent_dim": 8}, {"quantizer": "fsq"})
+    ),
 ]
 
 
@@ -47,7 +56,7 @@ def x():
     return (5 + 0.01 * x).astype(np.float32)
 
 
-@pytest.fixture(params=SMALL, ids=lambda t: t.kind)
+@pytest.fixture(params=SMALL, ids=lambda t: getattr(t, "quantizer", t.kind))
 def tokenizer(request, x):
     return type(request.param)(**request.param._config()).fit(x, progress=False)
 
@@ -56,7 +65,12 @@ def test_digit_counts_up_within_equal_codes_in_row_order():
     codes = np.array([[1, 2], [0, 0], [1, 2], [2, 1], [1, 2], [0, 0]])
     assert add_digit(codes)[:, -1].tolist() == [0, 0, 1, 0, 2, 1]
     assert add_digit(codes)[:, :-1].tolist() == codes.tolist()
-    assert collision_report(codes) == {"unique_fraction": 0.5, "collision_rate": 5 / 6, "largest_group": 3}
+    assert collision_report(codes) == {
+        "unique_fraction": 0.5,
+        "collision_rate": 5 / 6,
+        "largest_group": 3,
+        "group_sizes": [[1, 1], [2, 1], [3, 1]],
+    }
     assert add_digit(codes[:1]).tolist() == [[1, 2, 0]]
 
 
@@ -144,6 +158,15 @@ def test_residual_kmeans_is_kmeans_of_what_is_left(x):
     assert agree > 0.99  # the last bit of the standardised values may differ
 
 
+def test_kmeans_starts_from_a_sample_of_many_rows_and_goes_over_all(x):
+    tokenizer = ResidualKMeansTokenizer(1, 4, seed=3).fit(x)
+    z = tokenizer._standardise(torch.from_numpy(x))
+    sample = torch.randperm(300, generator=torch.Generator().manual_seed(3))[:256]
+    start = kmeans(z[sample], 4, iters=0, seed=3).centroids
+    assert np.array_equal(kmeans(z, 4, start, seed=3).indices[:, None], tokenizer.codes(x))
+    assert not np.array_equal(kmeans(z, 4, seed=3).centroids, tokenizer._codebooks[0])
+
+
 def test_standardisation_ignores_offset_and_unit(x):
     tokenizer = ResidualKMeansTokenizer(2, 8, seed=1).fit(x)
     z = tokenizer._standardise(torch.from_numpy(x))
@@ -156,7 +179,7 @@ def test_hierarchical_codes_depend_on_their_prefix(x):
     z, codes = tokenizer._standardise(torch.from_numpy(x)).numpy(), tokenizer.codes(x)
     for prefix in range(6):
         rows = codes[:, 0] == prefix
-        table = tokenizer._centroids[1][tokenizer._starts[1][prefix] : tokenizer._starts[1][prefix + 1]].numpy()
+        table = tokenizer._codebooks[1][tokenizer._starts[1][prefix] : tokenizer._starts[1][prefix + 1]].numpy()
         nearest = ((z[rows, None] - table) ** 2).sum(-1).argmin(1)
         assert np.array_equal(codes[rows, 1], nearest)
 
@@ -166,14 +189,15 @@ def test_fewer_different_items_than_codewords(kind, x):
     few = np.concatenate([x[:5], x[:2]])
     tokenizer = type(kind)(levels=2, codebook_size=256).fit(few)
     report = tokenizer.report()
-    assert report["codebook_sizes"] == [5, 1] and report["usage"] == [1, 1] and report["reconstruction_error"] < 1e-10
-    assert report["largest_group"] == 2 and "256" in report["notes"][0]
+    sizes = [5, 1] if kind.kind == "residual-kmeans" else [3, 3]  # 5 different items: 3 branches, 3 on the next level
+    assert report["codebook_sizes"] == sizes and report["usage"] == [1, 1] and report["reconstruction_error"] < 1e-10
+    assert report["largest_group"] == 2 and ("256" if sizes == [5, 1] else "[3, 3]") in report["notes"][0]
     assert np.array_equal(tokenizer.encode(few), tokenizer.semantic_ids)
     one = type(kind)(levels=2, codebook_size=4).fit(x[:1])
     assert one.semantic_ids.tolist() == [[0, 0, 0]] and one.codebook_sizes == [1, 1, 1]
 
 
-@pytest.mark.parametrize("estimator", ["rotation", "ste", "reflection"])
+@pytest.mark.parametrize("estimator", ["rotation", "ste", "reflection", "gumbel"])
 def test_rqvae_learns_and_keeps_its_codebooks_in_use(estimator, x):
     tokenizer = RQVAETokenizer(
         3, 16, latent_dim=8, hidden=[32], epochs=20, lr=1e-2, batch_size=100, estimator=estimator
@@ -198,8 +222,14 @@ def test_rqvae_on_few_items_and_bad_settings(x):
         and "8 codewords a level instead of 256" in tokenizer.report()["notes"][0]
     )
     assert len(np.unique(tokenizer.semantic_ids, axis=0)) == 9
-    with pytest.raises(ValueError, match=r"estimator='gumbel' is unknown. Use 'rotation'"):
-        RQVAETokenizer(estimator="gumbel")
+    with pytest.raises(ValueError, match=r"estimator='soft' is unknown to quantizer='residual'. Use 'rotation' or"):
+        RQVAETokenizer(estimator="soft")
+    with pytest.raises(
+        ValueError, match=r"estimator='gumbel' is unknown to quantizer='simvq'. Use 'rotation' or 'ste'"
+    ):
+        RQVAETokenizer(quantizer="simvq", estimator="gumbel")
+    with pytest.raises(ValueError, match=r"quantizer='lfq' is unknown. Use 'residual' or 'simvq' or 'fsq'"):
+        RQVAETokenizer(quantizer="lfq")
     with pytest.raises(ValueError, match=r"epochs=0 is not a whole number"):
         RQVAETokenizer(epochs=0)
     with pytest.raises(FloatingPointError, match=r"Use a smaller lr"):
@@ -266,3 +296,160 @@ def test_damaged_files(x, tmp_path):
         load_tokenizer(folder)
     tensors.write_bytes(data)
     load_tokenizer(folder)
+
+
+def transport_cost(assigned, cost):
+    return cost[np.arange(len(cost)), assigned].sum()
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 5), (4, 6), (7, 7), (40, 64)])
+def test_transport_is_near_the_best_assignment(rows, columns):
+    optimize = pytest.importorskip("scipy.optimize")
+    generator = np.random.default_rng(rows)
+    for _ in range(5):
+        cost = generator.random((rows, columns)) + generator.random(columns)  # some columns are wanted by all
+        assigned = transport(cost)
+        assert len(set(assigned.tolist())) == rows
+        best = optimize.linear_sum_assignment(cost)[1]
+        nearest_first = cost.argmin(1)  # what would collide
+        assert transport_cost(nearest_first, cost) <= transport_cost(best, cost) <= transport_cost(assigned, cost)
+        assert transport_cost(assigned, cost) <= 1.1 * transport_cost(best, cost)
+
+
+def test_transport_shares_out_what_does_not_fit_and_skips_missing_columns():
+    cost = np.zeros((7, 3))
+    assert sorted(np.bincount(transport(cost), minlength=3).tolist()) in ([1, 3, 3], [2, 2, 3])
+    cost[:, 1] = np.inf
+    assert np.bincount(transport(cost), minlength=3)[1] == 0 and np.bincount(transport(cost)).max() == 4
+
+
+def test_sinkhorn_moves_only_colliding_prefixes_and_only_the_last_code(x):
+    before = ResidualKMeansTokenizer(2, 16, seed=1, collisions="none").fit(x)
+    after = ResidualKMeansTokenizer(2, 16, seed=1, collisions="sinkhorn").fit(x)
+    old, new = before.semantic_ids, after.semantic_ids
+    assert old.shape == new.shape == (300, 2) and np.array_equal(old[:, 0], new[:, 0])
+    assert before.codebook_sizes == after.codebook_sizes == [16, 16]
+    assert new.max() < 16 and before.report()["collision_rate"] > 0.5
+    for prefix in range(16):
+        rows = old[:, 0] == prefix
+        groups = np.bincount(new[rows, 1], minlength=16)
+        collided = len(np.unique(old[rows, 1])) < rows.sum()
+        assert groups.max() <= (-(-rows.sum() // 16) if collided else 1)  # as even as it can be
+        assert collided or np.array_equal(old[rows], new[rows])
+    share = after.report()["collision_rate"]
+    assert share < before.report()["collision_rate"] and after.report()["energy"][1] < before.report()["energy"][1]
+    assert f"{round(300 * share)} items share their ID" in after.report()["notes"][-1]
+
+
+def test_sinkhorn_makes_ids_unique_where_codes_suffice(x):
+    for tokenizer in (
+        ResidualKMeansTokenizer(3, 24, collisions="sinkhorn"),
+        RandomTokenizer(2, 64, collisions="sinkhorn"),
+        RQVAETokenizer(3, 32, hidden=[16], epochs=10, lr=5e-3, batch_size=100, collisions="sinkhorn"),
+        ProductKMeansTokenizer(3, 32, collisions="sinkhorn"),
+    ):
+        plain = type(tokenizer)(**tokenizer._config() | {"collisions": "none"}).fit(x)
+        assert plain.report()["unique_fraction"] < 1  # rows 5 and 7 are equal, if nothing else
+        ids = tokenizer.fit(x).semantic_ids
+        assert len(np.unique(ids, axis=0)) == 300 and tokenizer.report()["unique_fraction"] == 1, tokenizer
+        assert tokenizer.report()["largest_group"] == 1
+        assert not any("share their ID" in note for note in tokenizer.report()["notes"])
+
+
+def test_new_items_get_a_free_code_under_sinkhorn_and_the_same_under_none(x, tmp_path):
+    new = np.nextafter(x[:40], np.float32(9))
+    tokenizer = ResidualKMeansTokenizer(3, 8, seed=1, collisions="sinkhorn").fit(x)
+    ids = load_tokenizer(tokenizer.save(tmp_path / "t")).encode(new)
+    assert ids.shape == (40, 3) and np.array_equal(tokenizer.encode(new), ids)
+    everything = np.concatenate([tokenizer.semantic_ids, ids])
+    taken, z = set(map(tuple, tokenizer.semantic_ids.tolist())), tokenizer._standardise(torch.from_numpy(new))
+    wanted = tokenizer._codes(z).numpy()
+    for row, (own, code) in enumerate(zip(wanted.tolist(), ids.tolist())):
+        free = [k for k in range(8) if (*own[:2], k) not in taken]
+        assert code[:2] == own[:2]
+        if tuple(own) not in taken or not free:
+            assert code == own
+        else:
+            error = [float((tokenizer._decode(torch.tensor([[*own[:2], k]])) - z[row]).square().sum()) for k in free]
+            assert code[2] == free[int(np.argmin(error))]
+        taken.add(tuple(code))
+    assert len(np.unique(everything, axis=0)) == len(taken)
+    none = ResidualKMeansTokenizer(3, 8, seed=1, collisions="none").fit(x)
+    assert np.array_equal(none.encode(new), none.semantic_ids[:40])
+    assert np.array_equal(none.encode(x), none.semantic_ids)
+
+
+def test_decode_gives_embeddings_back_level_by_level(tokenizer, x):
+    codes = tokenizer.codes(x)
+    if tokenizer.kind == "random":
+        with pytest.raises(ValueError, match=r"say nothing about the embedding"):
+            tokenizer.decode(codes)
+        return
+    variance = ((x - x.mean(0)) ** 2).sum()
+    energy = [1 - ((x - tokenizer.decode(codes[:, :q])) ** 2).sum() / variance for q in range(1, tokenizer.levels + 1)]
+    assert tokenizer.report()["energy"] == pytest.approx(energy, abs=1e-3) and max(energy) == energy[-1]
+    assert np.array_equal(tokenizer.decode(tokenizer.semantic_ids), tokenizer.decode(codes))
+    bad = codes.copy()
+    bad[4, 1] = 99
+    with pytest.raises(ValueError, match=r"row 4 is .*; the levels have"):
+        tokenizer.decode(bad)
+    with pytest.raises(ValueError, match=r"of shape \[300\]; integers of shape"):
+        tokenizer.decode(codes[:, 0])
+
+
+def test_product_codes_are_those_of_their_features(x):
+    tokenizer = ProductKMeansTokenizer(3, 8, seed=2).fit(x)
+    other = x.copy()
+    other[:, :6] = x[::-1, :6]  # 16 features: 6, 5 and 5
+    codes, moved = tokenizer._codes(tokenizer._standardise(torch.from_numpy(x))), tokenizer.codes(other)
+    assert np.array_equal(moved[:, 1:], codes[:, 1:]) and np.array_equal(moved[:, 0], codes.numpy()[::-1, 0])
+    with pytest.raises(DataError, match=r"2 features do not split into levels=3"):
+        ProductKMeansTokenizer(3, 8).fit(x[:, :2])
+
+
+def test_a_tree_divides_its_items_evenly_over_the_levels(x):
+    tokenizer = HierarchicalKMeansTokenizer(3, 256).fit(x)  # 299 different items: 7, 7 and 7 branches, or a few more
+    assert tokenizer.codebook_sizes[0] == 7 and tokenizer.report()["unique_fraction"] >= 299 / 300
+    assert "codebook_size allows more" in tokenizer.report()["notes"][0]
+    with pytest.raises(ValueError, match=r"no item has that prefix"):
+        tokenizer.decode(np.stack(np.meshgrid(*map(np.arange, tokenizer._level_sizes())), -1).reshape(-1, 3))
+
+
+def test_dead_codewords_are_told(x):
+    tokenizer = RandomTokenizer(1, 5000).fit(x)
+    dead = 5000 - len(np.unique(tokenizer.semantic_ids[:, 0]))
+    assert tokenizer.report()["notes"] == [f"level 1: {dead} of 5000 codewords belong to no item"]
+
+
+def test_shared_prefixes_in_words():
+    codes = np.array([[1, 2, 3], [1, 2, 4], [0, 2, 3], [1, 5, 5], [1, 2, 3], [1, 6, 3]])
+    [zero, two] = shared_prefixes(codes, list("abcdef"), [0, 2], most=1)
+    assert zero == {
+        "item": 0,
+        "title": "a",
+        "codes": [1, 2, 3],
+        "shared": [
+            {"levels": 3, "count": 1, "titles": ["e"]},
+            {"levels": 2, "count": 1, "titles": ["b"]},
+            {"levels": 1, "count": 2, "titles": ["d"]},
+        ],
+    }
+    assert two["shared"] == []
+    with pytest.raises(DataError, match=r"item row 6 does not exist"):
+        shared_prefixes(codes, list("abcdef"), [6])
+    with pytest.raises(DataError, match=r"and 2 titles"):
+        shared_prefixes(codes, ["a", "b"], [0])
+
+
+def test_every_method_has_a_tokenizer():
+    made = {name: make_tokenizer(name, 2, 8, seed=3, collisions="none") for name in METHODS}
+    assert len({repr(tokenizer) for tokenizer in made.values()}) == len(METHODS)
+    for name, tokenizer in made.items():
+        assert (tokenizer.levels, tokenizer.codebook_size, tokenizer.seed, tokenizer.collisions) == (2, 8, 3, "none")
+        if name.startswith("rqvae-"):
+            assert tokenizer.estimator == name.removeprefix("rqvae-") and tokenizer.quantizer == "residual"
+    assert made["simvq"].quantizer == "simvq" and made["fsq"].quantizer == "fsq"
+    with pytest.raises(DataError, match=r"unknown method bpe; there are: random"):
+        make_tokenizer("bpe")
+    with pytest.raises(ValueError, match=r"collisions='retry' is unknown. Use 'digit', 'sinkhorn', 'none'"):
+        make_tokenizer("rkmeans", collisions="retry")

@@ -1,4 +1,5 @@
-"""The ``vqkernels`` command: a file per subcommand, with a function of its name, imported when used."""
+"""The ``vqkernels`` command: a file per subcommand, with a function of its name (or a dict of them, each a subcommand
+of its own), imported when used."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ COMMANDS = (
     "bench",
     "tune",
     "demo",
+    "data",
     "compare",
     "cold-start",
     "compare-codebooks",
@@ -43,7 +45,12 @@ class Commands(TyperGroup):
         except ImportError as error:
             function = _cannot_run(error)
         single = typer.Typer(add_completion=False)
-        single.command(name)(_plain_errors(function))
+        if isinstance(function, dict):
+            single.callback(help=sys.modules[f"{__name__}.{word}"].__doc__)(lambda: None)
+            for part, body in function.items():
+                single.command(part)(_plain_errors(body, f"{name} {part}"))
+        else:
+            single.command(name)(_plain_errors(function, name))
         return typer.main.get_command(single)
 
 
@@ -55,7 +62,7 @@ def _cannot_run(error: ImportError):
     return command
 
 
-def _plain_errors(function):
+def _plain_errors(function, name: str):
     """Bad input ends in one paragraph and exit code 2, without a traceback."""
 
     @functools.wraps(function)
@@ -66,7 +73,7 @@ def _plain_errors(function):
             from rich.console import Console
 
             console = Console(stderr=True)
-            console.print(f"[bold red]vqkernels {function.__name__.replace('_', '-')}:[/bold red] ", end="")
+            console.print(f"[bold red]vqkernels {name}:[/bold red] ", end="")
             console.print(str(error), markup=False, highlight=False, soft_wrap=True)  # a path stays in one piece
             raise typer.Exit(2) from None
 

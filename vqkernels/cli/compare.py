@@ -28,7 +28,10 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.html, pictures and models.")],
     methods: Annotated[
         str,
-        typer.Option(help="Comma separated: random, rkmeans, hkmeans, rqvae-ste, rqvae-rotation, rqvae-reflection."),
+        typer.Option(
+            help="Comma separated: random, rkmeans, hkmeans, pkmeans, rqvae-ste, rqvae-rotation, rqvae-reflection, "
+            "rqvae-gumbel, simvq, fsq."
+        ),
     ] = "random,rkmeans,rqvae-ste,rqvae-rotation",
     levels: Annotated[int, typer.Option(min=1, help="Codes in a semantic ID.")] = 3,
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes to choose from at each level.")] = 256,

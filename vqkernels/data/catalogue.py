@@ -5,7 +5,8 @@ A data folder holds
 * ``sequences.txt`` or ``sequences.txt.gz``: one line a user, ``user item item ...``, oldest item first;
 * ``items.csv`` or ``items.csv.gz``: a header, then one row an item, ``item_id`` first and text columns after it. Item
   ids are 1 to the number of items, each once. A column ``title`` names the item (else the first text column does). A
-  column ``text`` is the item's whole text (else all text columns together are);
+  column ``text`` is the item's whole text (else all text columns together are). A column ``source_id`` keeps what the
+  item is called elsewhere, and is no text;
 * ``embeddings.npy``, if wanted: a float array [items, D], row = item_id - 1. Without a file of that name, the folder's
   only ``.npy`` file is taken.
 """
@@ -37,7 +38,7 @@ class Catalogue:
 
     ``sequences``: one int64 array of item ids a user, oldest first, ids from 1. ``users``: their names, in the same
     order. ``num_items``: N. ``item_texts``, ``item_titles``: N strings, index = item id - 1. ``embeddings``: float32
-    [N, D] or None.
+    [N, D] or None. ``source_ids``: what the items were called where they came from, N strings, or None.
     """
 
     sequences: list[np.ndarray]
@@ -47,6 +48,7 @@ class Catalogue:
     item_titles: list[str]
     embeddings: np.ndarray | None = field(default=None, repr=False)
     name: str = "catalogue"
+    source_ids: list[str] | None = field(default=None, repr=False)
 
     @property
     def num_interactions(self) -> int:
@@ -70,13 +72,13 @@ def load_folder(path, items_only: bool = False) -> Catalogue:
             f"{folder}: no such folder. A data folder holds sequences.txt[.gz] and items.csv[.gz], "
             "and embeddings.npy if wanted"
         )
-    texts, titles = _read_items(_find(folder, "items.csv"))
+    texts, titles, source_ids = _read_items(_find(folder, "items.csv"))
     users, sequences = [], []
     if not items_only:
         users, sequences = _read_sequences(_find(folder, "sequences.txt"), len(texts))
         _warn_if_sorted(folder, sequences)
     embeddings = _read_embeddings(folder, len(texts))
-    return Catalogue(sequences, users, len(texts), texts, titles, embeddings, folder.resolve().name)
+    return Catalogue(sequences, users, len(texts), texts, titles, embeddings, folder.resolve().name, source_ids)
 
 
 def save_folder(catalogue: Catalogue, path, overwrite: bool = False) -> Path:
@@ -97,9 +99,11 @@ def save_folder(catalogue: Catalogue, path, overwrite: bool = False) -> Path:
             )
     items = io.StringIO()
     rows = csv.writer(items, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    rows.writerow(["item_id", "title", "text"])
-    ids = range(1, catalogue.num_items + 1)
-    rows.writerows(zip(ids, catalogue.item_titles, catalogue.item_texts, strict=True))
+    columns = {"title": catalogue.item_titles, "text": catalogue.item_texts}
+    if catalogue.source_ids is not None:
+        columns["source_id"] = catalogue.source_ids
+    rows.writerow(["item_id", *columns])
+    rows.writerows(zip(range(1, catalogue.num_items + 1), *columns.values(), strict=True))
     histories = zip(catalogue.users, catalogue.sequences, strict=True)
     lines = (f"{user} {' '.join(map(str, sequence))}\n" for user, sequence in histories)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,28 +174,33 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _read_items(path: Path) -> tuple[list[str], list[str]]:
+def _read_items(path: Path) -> tuple[list[str], list[str], list[str] | None]:
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     texts: dict[int, str] = {}
     titles: dict[int, str] = {}
+    sources: dict[int, str] = {}
     line = 1  # where the current row begins; a quoted text may run over several lines
     try:
         header = [column.strip() for column in next(reader, [])]
-        if len(header) < 2 or header[0] != "item_id" or len(set(header)) != len(header):
+        if len(set(header) - {"source_id"}) < 2 or header[0] != "item_id" or len(set(header)) != len(header):
             raise DataError(
                 f"{path}:1: the header is {','.join(header)!r}; it must be item_id and then at least one text "
                 "column, each name once, as in 'item_id,title,brand'"
             )
-        title_at = header.index("title") if "title" in header else 1
+        source_at = header.index("source_id") if "source_id" in header else None
+        words_at = [i for i in range(1, len(header)) if i != source_at]
+        title_at = header.index("title") if "title" in header else words_at[0]
         text_at = header.index("text") if "text" in header else None
         line = reader.line_num + 1
         for row in reader:
             if row:
                 _check_item(path, line, row, header, texts)
                 item = int(row[0])
-                whole = row[text_at] if text_at else ". ".join(cell.strip() for cell in row[1:] if cell.strip())
+                whole = row[text_at] if text_at else ". ".join(row[i].strip() for i in words_at if row[i].strip())
                 titles[item] = row[title_at] or f"item {item}"
                 texts[item] = whole or titles[item]
+                if source_at:
+                    sources[item] = row[source_at]
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -205,7 +214,8 @@ def _read_items(path: Path) -> tuple[list[str], list[str]]:
             f"{path}: {len(texts)} items, so their ids must be 1 to {len(texts)}, but {missing} is missing and "
             f"{max(texts)} is there. Number the items from 1 without gaps"
         )
-    return [texts[item] for item in range(1, len(texts) + 1)], [titles[item] for item in range(1, len(texts) + 1)]
+    every = range(1, len(texts) + 1)
+    return [texts[i] for i in every], [titles[i] for i in every], [sources[i] for i in every] if sources else None
 
 
 def _check_item(path: Path, line: int, row: list[str], header: list[str], seen: dict[int, str]) -> None:
@@ -259,15 +269,27 @@ def _read_sequences(path: Path, num_items: int) -> tuple[list[str], list[np.ndar
     return list(users), sequences
 
 
+def sorted_sequences(sequences: list[np.ndarray]) -> tuple[int, int]:
+    """How many of the sequences of three or more items rise by item id all the way, or fall; and how many there are."""
+    steps = [np.diff(sequence) for sequence in sequences if len(sequence) >= 3]
+    rising, falling = (sum(bool((sign * step >= 0).all()) for step in steps) for sign in (1, -1))
+    return max(rising, falling), len(steps)
+
+
+def order_lost(sequences: list[np.ndarray]) -> str | None:
+    """A warning where nearly every sequence is sorted by item id: some published files have lost the order in time."""
+    found, long = sorted_sequences(sequences)
+    if long < 20 or found <= 0.9 * long:
+        return None
+    return (
+        f"{found} of {long} sequences are sorted by item id. The order in time seems to be lost; next-item scores on "
+        "such data mean little"
+    )
+
+
 def _warn_if_sorted(folder: Path, sequences: list[np.ndarray]) -> None:
-    long = [sequence for sequence in sequences if len(sequence) >= 3]
-    rising = sum(bool((np.diff(sequence) >= 0).all()) for sequence in long)
-    if len(long) >= 20 and rising > 0.9 * len(long):
-        warnings.warn(
-            f"{folder}: {rising} of {len(long)} sequences are sorted by item id. The order in time seems to be lost; "
-            "next-item scores on such data mean little",
-            stacklevel=3,
-        )
+    if warning := order_lost(sequences):
+        warnings.warn(f"{folder}: {warning}", stacklevel=3)
 
 
 def _read_embeddings(folder: Path, num_items: int) -> np.ndarray | None:
@@ -282,7 +304,11 @@ def _read_embeddings(folder: Path, num_items: int) -> np.ndarray | None:
         if not others:
             return None
         path = others[0]
-    array = read_array(path)
+    return check_embeddings(path, read_array(path), num_items)
+
+
+def check_embeddings(path: Path, array: np.ndarray, num_items: int) -> np.ndarray:
+    """Float32 rows, one an item, all finite; DataError otherwise."""
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise DataError(f"{path}: {array.dtype} array of shape {list(array.shape)}; a float array [items, D] is needed")
     if len(array) != num_items:

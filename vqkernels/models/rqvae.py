@@ -10,12 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import ResidualVQ
+from ..layers import ResidualFSQ, ResidualSimVQ, ResidualVQ
+
+LATENT = 32
+ESTIMATORS = {
+    "residual": ("rotation", "reflection", "ste", "gumbel"),
+    "simvq": ("rotation", "ste"),
+    "fsq": ("rotation",),
+}
 
 
 class RQVAEOutput(NamedTuple):
     """``reconstruction`` [N, D]; ``indices`` int64 [N, levels]; ``loss`` = ``reconstruction_loss`` (mean squared error)
-    + ``commitment_loss`` (beta times the levels' sum)."""
+    + ``commitment_loss`` (the quantizer's loss, the levels' sum)."""
 
     reconstruction: Tensor
     indices: Tensor
@@ -25,13 +32,27 @@ class RQVAEOutput(NamedTuple):
 
 
 class RQVAE(nn.Module):
-    """Encoder MLP, residual quantizer, decoder MLP. The codewords are seeded by k-means++ on the first training batch
-    and then follow their vectors by an exponential moving average; those that hardly any vector chooses move onto other
-    vectors.
+    """Encoder MLP, residual quantizer, decoder MLP.
 
     ``dim``: features D of the input. ``hidden``: widths of the encoder's layers, reversed in the decoder.
-    ``estimator``: "rotation", "reflection" or "ste". ``beta``: weight of the commitment loss. ``quantizer``: further
-    options of ``ResidualVQ``, such as ``decay`` or ``threshold_ema_dead_code``.
+    ``latent_dim``: features of the latent (default 32). ``quantizer``:
+
+    * "residual" (``ResidualVQ``): codewords are seeded by k-means++ on the first training batch and then follow their
+      vectors by an exponential moving average; those that hardly any vector chooses move onto other vectors. The loss
+      is ``beta`` times the commitment loss. With ``estimator="gumbel"`` latents are quantized at a fixed distance from
+      0, large against the noise: else codes are drawn nearly at random, and their average makes all codewords one.
+    * "simvq" (``ResidualSimVQ``, Zhu et al. 2024, arXiv 2411.02038): frozen codewords behind a trained linear map; the
+      loss is the codebook loss and ``beta`` times the commitment loss.
+    * "fsq" (``ResidualFSQ``, Mentzer et al. 2023, arXiv 2309.15505): two values a feature and level, so that
+      ``codebook_size`` is cut to a power of two and the latent has its binary logarithm as features: more values on
+      fewer features reconstruct embeddings worse. Has no loss.
+
+    ``estimator``: how gradients pass the quantizer: "rotation", "reflection", "ste" or "gumbel" for "residual",
+    "rotation" or "ste" for "simvq"; FSQ's rounding is straight-through whatever it is. ``options``: of the quantizer's
+    layer, such as ``decay`` or ``threshold_ema_dead_code`` of ``ResidualVQ``.
+
+    Raises:
+        ValueError: a quantizer or estimator that does not exist, or a latent_dim that FSQ cannot have.
     """
 
     def __init__(
@@ -39,25 +60,46 @@ class RQVAE(nn.Module):
         dim: int,
         *,
         hidden: Sequence[int] = (512, 256, 128),
-        latent_dim: int = 32,
+        latent_dim: int | None = None,
         levels: int = 3,
         codebook_size: int = 256,
         estimator: str = "rotation",
         beta: float = 0.25,
-        **quantizer,
+        quantizer: str = "residual",
+        **options,
     ):
         super().__init__()
-        self.encoder = _mlp([dim, *hidden, latent_dim])
-        self.decoder = _mlp([latent_dim, *reversed(hidden), dim])
-        options = {"kmeans_init": True, "threshold_ema_dead_code": 0.5, "decay": 0.9} | quantizer
-        self.quantizer = ResidualVQ(
-            dim=latent_dim,
-            num_quantizers=levels,
-            codebook_size=codebook_size,
-            estimator=estimator,
-            commitment_weight=beta,
-            **options,
-        )
+        check_quantizer(quantizer, estimator)
+        latent = latent_dim or LATENT
+        if quantizer == "fsq":
+            latent = max(codebook_size.bit_length() - 1, 1)
+            if latent_dim not in (None, latent):
+                raise ValueError(
+                    f"latent_dim={latent_dim} with quantizer='fsq': codebook_size={codebook_size} gives {latent}. "
+                    "Leave latent_dim out"
+                )
+            self.quantizer = _FSQ([2] * latent, levels, **options)
+        elif quantizer == "simvq":
+            self.quantizer = ResidualSimVQ(
+                dim=latent,
+                num_quantizers=levels,
+                codebook_size=codebook_size,
+                rotation_trick=estimator == "rotation",
+                input_to_quantize_commit_loss_weight=beta,
+                **options,
+            )
+        else:
+            layer = _GumbelVQ if estimator == "gumbel" else ResidualVQ
+            self.quantizer = layer(
+                dim=latent,
+                num_quantizers=levels,
+                codebook_size=codebook_size,
+                estimator=estimator,
+                commitment_weight=beta,
+                **CODEBOOK | options,
+            )
+        self.encoder = _mlp([dim, *hidden, latent])
+        self.decoder = _mlp([latent, *reversed(hidden), dim])
 
     def forward(self, x: Tensor) -> RQVAEOutput:
         """x [N, D] -> RQVAEOutput. In training mode the codewords move, so call it once a step."""
@@ -81,6 +123,47 @@ class RQVAE(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Codes [N, levels] -> reconstruction [N, D]; the first levels alone, [N, q], give a coarser one."""
         return self.decoder(self.quantizer.get_output_from_indices(indices))
+
+
+CODEBOOK = {"kmeans_init": True, "threshold_ema_dead_code": 0.5, "decay": 0.9}
+GUMBEL_SCALE = 100.0  # latents' root mean square against the noise, whose standard deviation is 1.3
+
+
+class _GumbelVQ(ResidualVQ):
+    """On latents of one length, in units of the Gumbel noise."""
+
+    def forward(self, x: Tensor):
+        unit = nn.functional.normalize(x, dim=-1) * self.dim**0.5
+        quantized, indices, losses = super().forward(unit * GUMBEL_SCALE)
+        return quantized / GUMBEL_SCALE, indices, losses / GUMBEL_SCALE**2
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        return super().get_output_from_indices(indices) / GUMBEL_SCALE
+
+
+class _FSQ(ResidualFSQ):
+    """With results like those of the layers that have codewords."""
+
+    def __init__(self, grid: list[int], levels: int, **options):
+        super().__init__(levels=grid, num_quantizers=levels, **options)
+
+    def forward(self, x: Tensor):
+        quantized, indices = super().forward(x)
+        return quantized, indices.long(), quantized.new_zeros(self.num_quantizers)
+
+
+def check_quantizer(quantizer: str, estimator: str) -> None:
+    """ValueError where the quantizer does not exist, or does not have the estimator."""
+    if quantizer not in ESTIMATORS:
+        raise ValueError(f"quantizer={quantizer!r} is unknown. Use {_listed(ESTIMATORS)}")
+    if estimator not in ESTIMATORS[quantizer]:
+        raise ValueError(
+            f"estimator={estimator!r} is unknown to quantizer={quantizer!r}. Use {_listed(ESTIMATORS[quantizer])}"
+        )
+
+
+def _listed(names) -> str:
+    return " or ".join(map(repr, names))
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

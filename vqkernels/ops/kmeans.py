@@ -64,7 +64,7 @@ def kmeans(x: Tensor, k: int, init: str | Tensor = "k-means++", iters: int = 20,
         raise ValueError(f"{op}: x is {tuple(x.shape)} and iters={iters}; expected [N, D] and iters >= 0")
     x = x.detach()
     finite = x.isfinite().all(-1)
-    rows = x[finite]
+    rows = x if finite.all() else x[finite]
     if rows.shape[0] < k:
         raise ValueError(f"{op}: k={k} centroids need at least {k} finite rows, x has {rows.shape[0]} of {x.shape[0]}")
     generator = torch.Generator().manual_seed(seed)

@@ -15,19 +15,12 @@ import numpy as np
 
 from ..data import Catalogue, DataError, save_folder
 from ..data.catalogue import read_array, write_array, write_atomic
+from ..semantic_ids.methods import METHODS, make_tokenizer
 from .baselines import ContentNeighbours, Markov, Popularity
 from .evaluation import METRICS, leave_one_out, metrics
 from .sasrec import SASRec
 from .tiger import TIGER
 
-METHODS = {
-    "random": "random codes",
-    "rkmeans": "residual k-means",
-    "hkmeans": "hierarchical k-means",
-    "rqvae-ste": "RQ-VAE, straight-through",
-    "rqvae-rotation": "RQ-VAE, rotation trick",
-    "rqvae-reflection": "RQ-VAE, reflection",
-}
 BASELINES = {
     "popularity": "most popular items",
     "markov": "first-order Markov chain",
@@ -62,19 +55,6 @@ class Settings:
     def tiger(self) -> dict:
         names = ("d_model", "d_ff", "heads", "layers", "dropout", "max_history", "window", "seed")
         return {name: getattr(self, name) for name in names}
-
-
-def make_tokenizer(method: str, levels: int = 3, codebook_size: int = 256, seed: int = 0):
-    """The tokenizer behind a method's name, not fitted. Raises DataError for an unknown name."""
-    from .. import semantic_ids
-
-    check_methods([method])
-    kind, _, estimator = method.partition("-")
-    names = {"random": "Random", "rkmeans": "ResidualKMeans", "hkmeans": "HierarchicalKMeans", "rqvae": "RQVAE"}
-    options = {"estimator": estimator} if estimator else {}
-    return getattr(semantic_ids, names[kind] + "Tokenizer")(
-        levels=levels, codebook_size=codebook_size, seed=seed, **options
-    )
 
 
 def check_methods(methods) -> list[str]:

@@ -14,7 +14,7 @@ from .compare import BASELINES, METHODS, read_results, top_items
 from .evaluation import METRICS, leave_one_out
 
 LABELS = METHODS | BASELINES
-COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#d97706", "#b91c1c", "#7c3aed")
+COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#0369a1", "#d97706", "#b91c1c", "#7c3aed", "#be185d", "#4d7c0f", "#713f12")
 COLUMNS = (*METRICS, "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
 HEADS = {"collision_rate": "collisions", "invalid_rate": "invalid", "train_seconds": "training"}
 

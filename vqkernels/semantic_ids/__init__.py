@@ -3,12 +3,21 @@
 from .base import Tokenizer, load_tokenizer
 from .collisions import add_digit, collision_report
 from .logits_processor import TrieLogitsProcessor
+from .methods import METHODS, make_tokenizer
+from .neighbours import shared_prefixes
 from .rqvae import RQVAETokenizer
-from .tokenizers import HierarchicalKMeansTokenizer, RandomTokenizer, ResidualKMeansTokenizer
+from .tokenizers import (
+    HierarchicalKMeansTokenizer,
+    ProductKMeansTokenizer,
+    RandomTokenizer,
+    ResidualKMeansTokenizer,
+)
 from .trie import Trie
 
 __all__ = [
+    "METHODS",
     "HierarchicalKMeansTokenizer",
+    "ProductKMeansTokenizer",
     "RQVAETokenizer",
     "RandomTokenizer",
     "ResidualKMeansTokenizer",
@@ -18,4 +27,6 @@ __all__ = [
     "add_digit",
     "collision_report",
     "load_tokenizer",
+    "make_tokenizer",
+    "shared_prefixes",
 ]

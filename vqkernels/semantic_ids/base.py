@@ -14,19 +14,28 @@ from torch import Tensor
 
 from ..data.catalogue import DataError, write_atomic
 from ..ops import codebook_usage
-from .collisions import add_digit, collision_report
+from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
+DECODED = 1 << 17  # codes decoded at a time where every item is tried with every code
+CHUNK = 1 << 11  # rows looked at in float64, or decoded, at a time: they stay in the cache
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
 
 
 class Tokenizer:
-    """Turns item embeddings into semantic IDs: ``levels`` codes an item, and one digit that tells equal codes apart.
+    """Turns item embeddings into semantic IDs: ``levels`` codes an item.
 
-    ``fit(embeddings)`` makes the codebooks and the items' IDs; ``semantic_ids`` int64 [N, levels + 1] are these (row =
+    ``fit(embeddings)`` makes the codebooks and the items' IDs; ``semantic_ids`` int64 [N, columns] are these (row =
     item id - 1), ``codebook_sizes`` how many values each column has, ``history`` the records of the training, one dict
-    a step or level, and ``report()`` what came out. Embeddings are standardised: each feature's mean is taken off, and
+    a step or level, and ``report()`` what came out. ``collisions`` says what becomes of items with equal codes:
+
+    * "digit": one more column counts them, so that all IDs are different (columns = levels + 1);
+    * "sinkhorn": the items of a prefix share out its codes of the last level by optimal transport, so that all IDs are
+      different unless more items have a prefix than the last level has codes (columns = levels);
+    * "none": they stay, and the report counts them (columns = levels).
+
+    Embeddings are standardised: each feature's mean is taken off, and
     all are divided by one number that makes the mean variance 1. One number, because a feature's scale says how much it
     means: a scale of its own for each would turn the last components of an SVD, or dead features, into noise as strong
     as the first. The same seed gives the same IDs. All devices work; results lie on the CPU.
@@ -35,13 +44,16 @@ class Tokenizer:
     kind: str
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.kind] = cls
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
-    def __init__(self, levels: int = 3, codebook_size: int = 256, seed: int = 0):
+    def __init__(self, levels: int = 3, codebook_size: int = 256, seed: int = 0, collisions: str = "digit"):
         for name, value in (("levels", levels), ("codebook_size", codebook_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a whole number from 1")
-        self.levels, self.codebook_size, self.seed = levels, codebook_size, seed
+        if collisions not in COLLISIONS:
+            raise ValueError(f"collisions={collisions!r} is unknown. Use {', '.join(map(repr, COLLISIONS))}")
+        self.levels, self.codebook_size, self.seed, self.collisions = levels, codebook_size, seed, collisions
         self.history: list[dict] = []
         self.notes: list[str] = []
         self._ids: np.ndarray | None = None
@@ -56,8 +68,9 @@ class Tokenizer:
         """int64 [N, levels]."""
         raise NotImplementedError
 
-    def _reconstruct(self, z: Tensor) -> Tensor | None:
-        """What the codes of z say z is, or None where codes say nothing about it."""
+    def _decode(self, codes: Tensor) -> Tensor | None:
+        """What codes [N, q] of the first q levels say z is, NaN for codes that do not exist; None where codes say
+        nothing about it."""
         return None
 
     def _level_sizes(self) -> list[int]:
@@ -72,7 +85,8 @@ class Tokenizer:
 
     def _config(self) -> dict:
         """The constructor's arguments."""
-        return {"levels": self.levels, "codebook_size": self.codebook_size, "seed": self.seed}
+        names = ("levels", "codebook_size", "seed", "collisions")
+        return {name: getattr(self, name) for name in names}
 
     # What users call.
 
@@ -85,36 +99,41 @@ class Tokenizer:
         if not len(x):
             raise DataError("embeddings have no rows. Give one row an item")
         start = time.perf_counter()
-        variance, mean = torch.var_mean(x.double(), 0, correction=0)
-        scale = variance.mean().sqrt()
+        mean = sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)
+        scale = (sum((rows - mean).square().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
         self._mean, self._scale = mean.float().cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
         self._fingerprints = _fingerprints(x)
         self.history, self.notes = [], []
         z = self._standardise(x)
         self._fit(z, progress)
-        codes = self._codes(z).cpu()
-        self._ids = add_digit(codes.numpy())
+        codes = self._codes(z).cpu().numpy()
+        if self.collisions == "sinkhorn":
+            codes = reassign(codes, lambda rows: self._last_costs(z, codes, rows))
+        self._ids = add_digit(codes) if self.collisions == "digit" else codes
         self._report = self._make_report(z, codes, time.perf_counter() - start)
         return self
 
     @property
     def semantic_ids(self) -> np.ndarray:
-        """The fitted items' IDs, int64 [N, levels + 1], all different."""
+        """The fitted items' IDs, int64 [N, columns]."""
         self._need_fit()
         return self._ids
 
     @property
     def codebook_sizes(self) -> list[int]:
-        """How many values each column of ``semantic_ids`` has; the last is the largest group of equal codes."""
-        return [*self._level_sizes(), int(self.semantic_ids[:, -1].max()) + 1]
+        """How many values each column of ``semantic_ids`` has; that of digits as many as the largest group."""
+        digits = [int(column.max()) + 1 for column in self.semantic_ids[:, self.levels :].T]
+        return self._level_sizes() + digits
 
     def encode(self, x):
-        """IDs of embeddings [N, D]: int64 [N, levels + 1], an array, or a tensor on x's device if x is one.
+        """IDs of embeddings [N, D]: int64 [N, columns], an array, or a tensor on x's device if x is one.
 
         A row that was fitted gets its item's ID (equal rows, in their order, those of the items they came from). Any
-        other is a new item: its level codes, and the next digit that is free after the fitted items and the new ones
-        before it in x. So encode all new items in one call, and expect digits beyond ``codebook_sizes[-1]`` where a
-        group of equal codes grows.
+        other is a new item; no codebook and no fitted ID changes for it. Where the fitted items, or the new ones before
+        it in x, have its codes already, ``collisions`` decides: "digit" gives it the next digit (beyond
+        ``codebook_sizes[-1]`` where the largest group grows), "sinkhorn" the best code of the last level that is free
+        under its prefix (its own, shared, where none is), "none" lets both have the same. So encode all new items in
+        one call.
         """
         self._need_fit()
         rows = _rows("x", x, len(self._mean))
@@ -123,22 +142,50 @@ class Tokenizer:
         ids = self._ids[fitted]
         new = np.flatnonzero(fitted < 0)
         if len(new):
-            codes = self._codes(self._standardise(rows[torch.from_numpy(new).to(rows.device)])).cpu().numpy()
-            ids[new] = add_digit(np.concatenate([self._ids[:, :-1], codes]))[-len(new) :]
+            z = self._standardise(rows[torch.from_numpy(new).to(rows.device)])
+            codes = self._codes(z).cpu().numpy()
+            if self.collisions == "digit":
+                codes = add_digit(np.concatenate([self._ids[:, : self.levels], codes]))[-len(new) :]
+            elif self.collisions == "sinkhorn":
+                codes = place(codes, self._ids, lambda rows: self._last_costs(z, codes, rows))
+            ids[new] = codes
         return torch.from_numpy(ids).to(x.device) if isinstance(x, Tensor) else ids
 
     def codes(self, x):
         """As ``encode``, without the digit: int64 [N, levels]."""
-        return self.encode(x)[:, :-1]
+        return self.encode(x)[:, : self.levels]
+
+    def decode(self, codes) -> np.ndarray:
+        """Embeddings float32 [N, D] that codes int64 [N, q] of the first q <= levels levels stand for, each level
+        making it finer; a digit is ignored. ValueError for codes that do not exist, and for random ones."""
+        self._need_fit()
+        codes = torch.as_tensor(np.asarray(codes))
+        if codes.dim() != 2 or codes.shape[1] == 0 or codes.is_floating_point():
+            raise ValueError(f"codes: {codes.dtype} of shape {list(codes.shape)}; integers of shape [N, q] are needed")
+        codes = codes[:, : self.levels]
+        sizes = torch.tensor(self._level_sizes()[: codes.shape[1]])
+        wrong = ((codes < 0) | (codes >= sizes)).any(1).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(f"codes: row {row} is {codes[row].tolist()}; the levels have {sizes.tolist()} codes")
+        decoded = self._decode(codes.long())
+        if decoded is None:
+            raise ValueError(f"the codes of a {self.kind} tokenizer say nothing about the embedding")
+        absent = decoded.isnan().any(1).nonzero().flatten()
+        if len(absent):
+            raise ValueError(f"codes: row {int(absent[0])} is {codes[absent[0]].tolist()}; no item has that prefix")
+        return (decoded * self._scale + self._mean).numpy()
 
     def report(self) -> dict:
         """What came out of fitting N items.
 
-        ``unique_fraction``, ``collision_rate``, ``largest_group`` as in ``collision_report``; a list with one number a
-        level for ``codebook_sizes``, ``usage`` (share of the codewords that some item has), ``perplexity`` and
-        ``entropy`` (nats) of that use; ``reconstruction_error``: mean squared error of the standardised features, so 1
-        is no better than the mean (None for random codes); ``train_seconds``; ``notes``: list of what is worth knowing,
-        such as codebooks smaller than asked for.
+        ``unique_fraction``, ``collision_rate``, ``largest_group``, ``group_sizes`` of the level codes as in
+        ``collision_report``; a list with one number a level for ``codebook_sizes``, ``usage`` (share of the codewords
+        that some item has), ``perplexity`` and ``entropy`` (nats) of that use, and ``energy``: share of the embeddings'
+        energy around their mean that the codes up to that level reconstruct, 1 is all of it (None for random codes);
+        ``reconstruction_error``: 1 minus the energy of all levels, the mean squared error of the standardised features;
+        ``train_seconds``; ``notes``: list of what is worth knowing, such as codebooks smaller than asked for, or
+        codewords that no item has.
         """
         self._need_fit()
         return dict(self._report)
@@ -184,20 +231,50 @@ class Tokenizer:
     def _standardise(self, x: Tensor) -> Tensor:
         return (x - self._mean.to(x.device)) / self._scale.to(x.device)
 
-    def _make_report(self, z: Tensor, codes: Tensor, seconds: float) -> dict:
-        sizes = self._level_sizes()
-        use = [codebook_usage(column, size) for column, size in zip(codes.T, sizes, strict=True)]
-        reconstruction = self._reconstruct(z)
-        error = None if reconstruction is None else float((z - reconstruction).double().square().mean())
-        return collision_report(codes.numpy()) | {
+    def _last_costs(self, z: Tensor, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Squared error of z[rows] with each code of the last level in place of its own: [len(rows), K]."""
+        k = self._level_sizes()[-1]
+        if len(rows) * k > DECODED and len(rows) > 1:
+            halves = np.array_split(rows, 2)
+            return np.concatenate([self._last_costs(z, codes, half) for half in halves])
+        every = torch.from_numpy(codes[rows]).to(z.device).repeat_interleave(k, 0)
+        every[:, -1] = torch.arange(k, device=z.device).repeat(len(rows))
+        decoded = self._decode(every)
+        if decoded is None:  # every code is as good as another, so that an item's own is as good as any
+            return 1.0 - np.eye(k)[codes[rows, -1]]
+        error = (decoded.view(len(rows), k, -1) - z[torch.from_numpy(rows).to(z.device)].unsqueeze(1)).square().sum(-1)
+        return error.nan_to_num(torch.inf).double().cpu().numpy()
+
+    def _make_report(self, z: Tensor, codes: np.ndarray, seconds: float) -> dict:
+        sizes, levels = self._level_sizes(), torch.from_numpy(codes)
+        use = [codebook_usage(column, size) for column, size in zip(levels.T, sizes, strict=True)]
+        energy = self._energy(z, levels.to(z.device))
+        collisions, notes = collision_report(codes), list(self.notes)
+        for level, u in enumerate(use, 1):
+            if (dead := int(u.dead.sum())) > 0:
+                notes.append(f"level {level}: {dead} of {sizes[level - 1]} codewords belong to no item")
+        if self.collisions != "digit" and (same := round(collisions["collision_rate"] * len(codes))):
+            notes.append(f"{same} items share their ID with another. collisions='digit' tells all apart")
+        return collisions | {
             "codebook_sizes": sizes,
             "usage": [float(u.used) for u in use],
             "perplexity": [float(u.perplexity) for u in use],
             "entropy": [float(u.entropy) for u in use],
-            "reconstruction_error": error,
+            "energy": energy,
+            "reconstruction_error": None if energy is None else 1 - energy[-1],
             "train_seconds": seconds,
-            "notes": list(self.notes),
+            "notes": notes,
         }
+
+    def _energy(self, z: Tensor, codes: Tensor) -> list[float] | None:
+        left = [0.0] * self.levels
+        for rows, own in zip(z.split(CHUNK), codes.split(CHUNK), strict=True):
+            for level in range(self.levels):
+                decoded = self._decode(own[:, : level + 1])
+                if decoded is None:
+                    return None
+                left[level] += float((rows - decoded).double().square().sum())
+        return [1 - error / z.numel() for error in left]
 
 
 def load_tokenizer(path) -> Tokenizer:

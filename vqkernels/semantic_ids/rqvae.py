@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.progress import progress_bar
 from ..models import RQVAE
+from ..models.rqvae import check_quantizer
 from ..ops import codebook_usage
 from .base import Tokenizer
 from .tokenizers import distinct
@@ -22,11 +23,11 @@ ENCODE_ROWS = 1 << 14  # rows encoded at a time
 class RQVAETokenizer(Tokenizer):
     """Trains an ``RQVAE`` on the standardised embeddings with AdamW; the IDs are its residual codes.
 
-    ``estimator``: how gradients pass the quantizer: "rotation" (default), "reflection" or "ste". ``latent_dim``,
-    ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more where these are fewer than 320 steps), ``lr``,
-    ``batch_size``: of the training; the loss of each epoch, and the usage and perplexity of its codes (one number a
-    level), are in ``history``. Codebooks are seeded by k-means++ on the encoded items, and codewords that a batch
-    hardly uses move onto other items, so that they stay in use.
+    ``quantizer``, ``estimator``, ``latent_dim``, ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more
+    where these are fewer than 320 steps), ``lr``, ``batch_size``: of the training; the loss of each epoch, and the
+    usage and perplexity of its codes (one number a level), are in ``history``. The codebooks of "residual" are seeded
+    by k-means++ on the encoded items, and codewords that a batch hardly uses move onto other items, so that they stay
+    in use; "simvq" moves all codewords at each step, and the grid of "fsq" does not need to move.
     """
 
     kind = "rqvae"
@@ -37,28 +38,31 @@ class RQVAETokenizer(Tokenizer):
         codebook_size: int = 256,
         seed: int = 0,
         estimator: str = "rotation",
-        latent_dim: int = 32,
+        latent_dim: int | None = None,
         hidden: Sequence[int] = (256, 128),
         epochs: int | None = None,
         lr: float = 1e-3,
         batch_size: int = 512,
         beta: float = 0.25,
+        quantizer: str = "residual",
+        collisions: str = "digit",
     ):
-        super().__init__(levels, codebook_size, seed)
-        if estimator not in ("rotation", "reflection", "ste"):
-            raise ValueError(f"estimator={estimator!r} is unknown. Use 'rotation', 'reflection' or 'ste'")
+        super().__init__(levels, codebook_size, seed, collisions)
+        check_quantizer(quantizer, estimator)
         for name, value in (("latent_dim", latent_dim), ("epochs", epochs), ("batch_size", batch_size)):
-            if (name, value) != ("epochs", None) and (not isinstance(value, int) or value < 1):
+            if not (value is None and name != "batch_size") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} is not a whole number from 1")
-        self.estimator, self.latent_dim, self.hidden = estimator, latent_dim, tuple(hidden)
+        self.quantizer, self.estimator, self.latent_dim, self.hidden = quantizer, estimator, latent_dim, tuple(hidden)
         self.epochs, self.lr, self.batch_size, self.beta = epochs, lr, batch_size, beta
 
     def _fit(self, z: Tensor, progress) -> None:
-        k = distinct(z, self.codebook_size)
-        if k < self.codebook_size:
+        k = self.codebook_size
+        if self.quantizer == "residual" and (k := distinct(z, k)) < self.codebook_size:
             self.notes.append(
                 f"{k} codewords a level instead of {self.codebook_size}, since only so many items are different"
             )
+        if self.quantizer == "fsq" and k.bit_count() > 1:
+            self.notes.append(f"{1 << (k.bit_length() - 1)} codes a level instead of {k}: a power of two")
         with torch.random.fork_rng([z.device] if z.is_cuda else []):
             torch.manual_seed(self.seed)
             self._model = self._make(z.shape[1], k, len(z)).to(z.device)
@@ -66,8 +70,11 @@ class RQVAETokenizer(Tokenizer):
         self._model.eval()
 
     def _make(self, dim: int, codebook_size: int, rows: int) -> RQVAE:
+        options = {}
         # dead: less than a quarter of a codeword's fair share of a batch, and less than one vector in two batches
-        share = min(rows, self.batch_size) / codebook_size
+        if self.quantizer == "residual":
+            share = min(rows, self.batch_size) / codebook_size
+            options["threshold_ema_dead_code"] = min(0.5, 0.25 * share)
         return RQVAE(
             dim,
             hidden=self.hidden,
@@ -76,7 +83,8 @@ class RQVAETokenizer(Tokenizer):
             codebook_size=codebook_size,
             estimator=self.estimator,
             beta=self.beta,
-            threshold_ema_dead_code=min(0.5, 0.25 * share),
+            quantizer=self.quantizer,
+            **options,
         )
 
     def _train(self, z: Tensor, progress) -> None:
@@ -119,8 +127,8 @@ class RQVAETokenizer(Tokenizer):
         model = self._model.to(z.device)
         return torch.cat([model.encode(rows) for rows in z.split(ENCODE_ROWS)])
 
-    def _reconstruct(self, z: Tensor) -> Tensor:
-        return torch.cat([self._model.decode(codes) for codes in self._codes(z).split(ENCODE_ROWS)])
+    def _decode(self, codes: Tensor) -> Tensor:
+        return torch.cat([self._model.decode(rows) for rows in codes.split(ENCODE_ROWS)])
 
     def _level_sizes(self) -> list[int]:
         return [self._model.quantizer.codebook_size] * self.levels
@@ -129,8 +137,7 @@ class RQVAETokenizer(Tokenizer):
         return self._model.state_dict()
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        codebook_size = state["quantizer.layers.0._codebook.embed"].shape[-2]
-        self._model = self._make(len(self._mean), codebook_size, self.batch_size)
+        self._model = self._make(len(self._mean), self._report["codebook_sizes"][0], self.batch_size)
         self._model.load_state_dict(state)
         self._model.eval()
 
@@ -143,4 +150,5 @@ class RQVAETokenizer(Tokenizer):
             "lr": self.lr,
             "batch_size": self.batch_size,
             "beta": self.beta,
+            "quantizer": self.quantizer,
         }

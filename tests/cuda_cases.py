@@ -187,6 +187,7 @@ def nearest_codeword(dtype):
         z, c = unlike(60, D, dtype), _randn(1, 140, D, seed=102, dtype=dtype)
         c[0, 0, 3], c[0, 100, 0] = torch.nan, torch.inf
         out.append((f"D{D}, rows out of scale", (z, c, None, 0, True)))
+        out.append((f"D{D}, rows out of scale, fast", (z, c, None, 0, False)))
         if dtype == torch.float64:  # squares that no bound covers; sums of infinities
             out.append((f"D{D}, beyond safe exponents", (z * 1e140, c * 1e140, None, 0, True)))
             out.append((f"D{D}, sums that are not numbers", (z * 1e200, c * 1e200, None, 2, True)))

@@ -109,7 +109,7 @@ VALUES = {
         "dot products are fused": ("__dadd_rn(total, __dmul_rn(a, b))", "__fma_rn(a, b, total)"),
         "ties go to the highest index": ("value == best && index < best_index", "value == best && index > best_index"),
         "a scan takes codewords that are not finite": ("usable = usable && finite(c);", ""),
-        "a scan takes rows that are not finite": ("hopeless = hopeless || !finite(to_double(x[d]));", ""),
+        "a scan takes rows that are not finite": ("hopeless = hopeless || !finite(to_double(x[d]));", ";"),
         "a scan takes sums that are NaN": ("hopeless = hopeless || total != total;\n    keep_lower", "keep_lower"),
         "rows of zeros are divided": ("divisor == 0 ? 0.0 : ", ""),
         "a quotient is not corrected": ("q = __fma_rn(__fma_rn(-q, length, a), reciprocal, q);\n  return", "return"),

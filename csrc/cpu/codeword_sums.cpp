@@ -44,6 +44,7 @@ namespace {
 constexpr int64_t kSliceBytes = 256 << 10;
 constexpr int64_t kRunBytes = 4 << 20;  // of one run's sums: a third-level cache holds those of two threads
 constexpr int64_t kMostRuns = 8, kRowsPerCodeword = 16;  // a run has at least so many on average
+constexpr int64_t kLeastElements = 1 << 18;               // fewer lie in a cache, where runs gain nothing
 constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache lines, accumulators stay in L1
 
 struct Job {
@@ -106,7 +107,7 @@ void make_pieces(Job& job, int64_t share) {
 
 // Of the shape alone: the order of additions must not depend on the machine.
 int64_t runs_of(const CodewordSumsParams& p) {
-  if (p.D == 0 || p.K * p.D * int64_t(sizeof(double)) > kRunBytes) return 1;
+  if (p.N * p.D < kLeastElements || p.K * p.D * int64_t(sizeof(double)) > kRunBytes) return 1;
   return std::clamp<int64_t>(p.N / (kRowsPerCodeword * p.K), 1, kMostRuns);
 }
 

@@ -57,6 +57,7 @@ def test_sasrec_sees_the_order_and_nothing_after(sasrec):
     model, _ = sasrec
     one, other = model.scores([np.array([3, 5, 9])]), model.scores([np.array([5, 3, 9])])
     assert not np.allclose(one, other, atol=1e-4)
+    assert not np.allclose(model.scores([np.array([7])]), model.scores([np.array([7, 7])]), atol=1e-4)  # places count
     items = torch.tensor([[3, 5, 9, 11], [3, 5, 9, 2]])
     with torch.no_grad():
         states = model.net(items)
@@ -72,12 +73,14 @@ def test_sasrec_sees_the_order_and_nothing_after(sasrec):
 def test_sasrec_repeats_itself_and_keeps_the_best_epoch():
     split = leave_one_out(rounds(40))
     fit = lambda seed: SASRec(ITEMS, **TINY, seed=seed).fit(  # noqa: E731
-        split.train, epochs=6, batch_size=16, lr=1e-2, patience=2, validation=split.validation
+        split.train, epochs=60, batch_size=16, lr=5e-2, patience=3, validation=split.validation
     )
     one, two, other = fit(0), fit(0), fit(1)
     same = [torch.equal(a, b) for a, b in zip(one.net.parameters(), two.net.parameters(), strict=True)]
     assert all(same) and not torch.equal(one.net.items.weight, other.net.items.weight)
-    best = max(record["validation_ndcg"] for record in one.history)
+    judged = [record["validation_ndcg"] for record in one.history]
+    best = max(judged)
+    assert len(judged) < 60 and judged.index(best) == len(judged) - 4  # stopped by its patience
     top, _ = one.recommend_batch(split.validation.histories)
     assert metrics(top, split.validation.targets)["NDCG@10"] == pytest.approx(best)
 
@@ -147,6 +150,10 @@ def test_only_the_dense_head_finds_cold_items(liger):
     assert (
         min(rate[way, "in_set"] for way in ("generative", "dense", "hybrid")) > 0.4
     )  # .8 is the most there is, .04 chance
+    # the query is like what comes next, not like what came last
+    items, _ = model.recommend_batch(split.in_set.histories, 1, way="dense", exclude_seen=False)
+    last = np.array([h[-1] for h in split.in_set.histories])
+    assert np.mean(items[:, 0] == last) < 0.1 and np.mean((items[:, 0] - last) % ITEMS <= 2) > 0.6
     assert rate["generative", "cold"] < 0.1 and min(rate["dense", "cold"], rate["hybrid", "cold"]) > 0.3, rate
 
 
@@ -161,6 +168,8 @@ def test_hybrid_candidates_are_beams_and_cold_items(liger):
         assert set(items[row][items[row] > 0].tolist()) == allowed
         exact = dict(zip(dense[row].tolist(), cosine[row].tolist(), strict=True))
         np.testing.assert_allclose(scores[row][items[row] > 0], [exact[i] for i in items[row] if i > 0], atol=1e-5)
+    unseen, _ = model.recommend_batch(histories, ITEMS, way="dense")
+    assert all(not set(row.tolist()) & set(h.tolist()) for row, h in zip(unseen, histories, strict=True))
     assert (np.diff(cosine, axis=1) <= 0).all() and sorted(dense[0]) == list(range(1, ITEMS + 1))
     assert (np.abs(cosine) <= 1 + 1e-5).all()
 

@@ -33,7 +33,7 @@ def schedule(name: str, done: float, warmup: float) -> float:
 
 def batches(model, sequences: list[np.ndarray], users: np.ndarray, batch_size: int, rng, parts: int = 1, last=False):
     """Cuts every sequence into windows at a random phase, so that each item is a target once, or takes the ``last``
-    window alone. Yields (past [B, T], target [B, window], users [B]), 0 = padding, with examples of like length together;
+    window alone. Yields (past [B, T], target [B, window], users [B]), 0 = padding, examples of like length together;
     with several ``parts`` a list of so many of these, which share a batch of ``parts`` times ``batch_size``."""
     window, max_history = model.window, model.max_history
     lengths = np.array([len(s) for s in sequences])

@@ -72,16 +72,16 @@ def test_compare_writes_what_it_promises(run):
     for name in rows:
         assert (
             name in ("popularity", "markov", "content", "sasrec")
-            or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
+            or (out / "methods" / name / "seed-0" / "model" / "tiger.safetensors").is_file()
         )
     assert "does not beat Markov" in " ".join(output.split())
 
 
 def test_the_report_needs_nothing_else(run):
     page = (run[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", page) and "http" not in page.replace("http-equiv", "")
-    for name in ("scores", "usage", "collisions", "training", "invalid"):
+    for name in ("scores", "usage", "collisions", "training", "invalid", "accuracy"):
         assert (run[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -103,10 +103,10 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", Comparison.run
     arguments = ("compare", "--data", data, "--out", out, "--methods", "random,rkmeans", *SMALL)
 
-    def stopped(self, method, **options):
+    def stopped(self, method, seed, **options):
         if method == "rkmeans":
             raise KeyboardInterrupt
-        return whole(self, method, **options)
+        return whole(self, method, seed, **options)
 
     monkeypatch.setattr(Comparison, "run", stopped)
     assert vqkernels(*arguments).exit_code != 0
@@ -168,7 +168,7 @@ def test_tokenize(data, tmp_path):
         (("compare", "--data", "DATA", "--out", "DATA/items.csv"), "is a file; give a folder"),
         (
             ("compare", "--data", "DATA", "--out", "NEW", "--methods", "rkmeans,dexvq"),
-            "unknown method dexvq; there are: random",
+            "unknown method dexvq; there are: all, random",
         ),
         (("compare", "--data", "DATA", "--out", "NEW", "--methods", ","), "(none given)"),
         (("compare", "--data", "DATA", "--out", "RUN", "--overwrite", "--resume"), "exclude each other"),

@@ -13,7 +13,8 @@ def recommend(
     user: Annotated[str | None, typer.Option(help="A user of the data, by name.")] = None,
     history: Annotated[str | None, typer.Option(help='Item ids, oldest first, as in "1 2 3".')] = None,
     method: Annotated[
-        str | None, typer.Option(help="The row whose model is used; by default the best by NDCG@10.")
+        str | None,
+        typer.Option(help="The row whose model is used; by default the best by NDCG@10."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
 ) -> None:
@@ -26,7 +27,7 @@ def recommend(
     from ..recommend.report import LABELS, best_row
 
     results = read_results(run)
-    trained = [r["method"] for r in results["rows"] if r["kind"] == "tiger"]
+    trained = list(dict.fromkeys(r["method"] for r in results["rows"] if r["kind"] == "tiger"))
     if not trained:
         raise DataError(f"{run} has no finished model. Run vqkernels compare --resume with the same settings first")
     if method is not None and method not in trained:
@@ -50,8 +51,9 @@ def recommend(
             raise DataError(
                 f'--history {history!r} holds something that is no whole number; give item ids as in "1 2 3"'
             ) from None
-    method = method or best_row(results)["method"]
-    model = TIGER.load(method_folder(run, method) / "model")
+    row = best_row(results, method)
+    method = row["method"]
+    model = TIGER.load(method_folder(run, method, row["seed"]) / "model")
     found, scores = model.recommend(items, k, beams=max(results["settings"]["beams"], k), users=who)
 
     console, title = Console(highlight=False), lambda item: f"{item:>6}  {catalogue.item_titles[item - 1]}"

@@ -73,6 +73,11 @@ def check_out(out: Path, overwrite: bool = False, resume: bool = False) -> None:
         )
 
 
+def remove(folder: Path, names) -> None:
+    for path in (folder / name for name in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def embedded(catalogue, seed: int, console) -> str:
     """Gives the catalogue embeddings if it has none. Returns in words where they are from."""
     from ..data import embed_texts
@@ -100,10 +105,7 @@ def run(
     console.print(f"[bold]{catalogue}[/bold]")
     embedding = embedded(catalogue, settings.seed, console)
     console.print(f"Item texts embedded by: {embedding}")
-    if overwrite:
-        for name in OWN:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove(out, OWN if overwrite else ())
     comparison = Comparison(catalogue, out, settings, embedding=embedding, resume=resume)
 
     columns = (

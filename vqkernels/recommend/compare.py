@@ -134,7 +134,7 @@ class Comparison:
             ("markov", None): lambda: Markov(items).fit(train),
             ("content", None): lambda: ContentNeighbours(self.catalogue.embeddings),
             ("sasrec", seed): lambda: SASRec(items, seed=seed).fit(
-                train, validation=self.split.validation, progress=progress
+                train, epochs=3 * self.settings.epochs, validation=self.split.validation, progress=progress
             ),
         }
         for (name, its_seed), make in made.items():

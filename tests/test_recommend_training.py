@@ -188,3 +188,13 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_an_infinite_loss_is_said(recwarn):
     with pytest.raises(FloatingPointError, match="lr=1e"):
         TIGER(IDS, **SMALL).fit(SPLIT.train, epochs=50, lr=1e30)
+
+
+def test_the_callers_accelerator_lives_on():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mine = Accelerator(cpu=True)
+    TIGER(IDS, **SMALL).fit(SPLIT.train, epochs=1)
+    assert mine.state.mixed_precision == "no" and mine.num_processes == 1
+    AcceleratorState._reset_state()

@@ -112,6 +112,7 @@ class Trainer:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
+        theirs = bool(AcceleratorState._shared_state)  # the caller has an Accelerator of its own, which must live on
         distributed = torch.distributed.is_torchelastic_launched()
         self.accelerator = Accelerator(
             cpu=self.model.device.type == "cpu" and not (distributed and torch.accelerator.is_available()),
@@ -123,7 +124,8 @@ class Trainer:
             with torch.random.fork_rng(devices):
                 self._go()
         finally:
-            AcceleratorState._reset_state()  # the next training in this process may use another precision
+            if not theirs:
+                AcceleratorState._reset_state()  # the next training in this process may use another precision
         self.model.eval()
 
     def _go(self) -> None:

@@ -118,9 +118,10 @@ def test_two_processes_train_what_one_does(tmp_path):
         TIGER(IDS, **SMALL, dropout=0.0).fit(SPLIT.train, epochs=3, batch_size=4, checkpoint=tmp_path, resume=True)
 
 
-def test_every_process_has_a_part_of_every_batch():
+@pytest.mark.parametrize("lengths", [(1, 2, 3, 7, 20), (1, 1, 1, 1, 1)])  # five windows leave one example over
+def test_every_process_has_a_part_of_every_batch(lengths):
     model, rng = TIGER(IDS, **SMALL), np.random.default_rng(0)
-    sequences = [rng.integers(1, N + 1, n) for n in (1, 2, 3, 7, 20)]
+    sequences = [rng.integers(1, N + 1, n) for n in lengths]
     seen = []
     for parts in batches(model, sequences, np.arange(5), 2, rng, parts=2):
         assert len(parts) == 2 and all(len(target) for _, target, _ in parts)

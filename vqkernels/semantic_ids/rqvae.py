@@ -55,7 +55,7 @@ class RQVAETokenizer(Tokenizer):
         self.quantizer, self.estimator, self.latent_dim, self.hidden = quantizer, estimator, latent_dim, tuple(hidden)
         self.epochs, self.lr, self.batch_size, self.beta = epochs, lr, batch_size, beta
 
-    def _fit(self, z: Tensor, progress) -> None:
+    def _fit(self, z: Tensor, progress) -> Tensor:
         k = self.codebook_size
         if self.quantizer == "residual" and (k := distinct(z, k)) < self.codebook_size:
             self.notes.append(
@@ -68,6 +68,7 @@ class RQVAETokenizer(Tokenizer):
             self._model = self._make(z.shape[1], k, len(z)).to(z.device)
             self._train(z, progress)
         self._model.eval()
+        return self._codes(z)
 
     def _make(self, dim: int, codebook_size: int, rows: int) -> RQVAE:
         options = {}

@@ -19,7 +19,7 @@ from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
 DECODED = 1 << 17  # codes decoded at a time where every item is tried with every code
-CHUNK = 1 << 11  # rows looked at in float64, or decoded, at a time: they stay in the cache
+CHUNK = 1 << 11  # rows summed, decoded or moved at a time: they stay in the cache
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
 
@@ -101,9 +101,10 @@ class Tokenizer:
         if not len(x):
             raise DataError("embeddings have no rows. Give one row an item")
         start = time.perf_counter()
-        mean = sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)
-        scale = (sum((rows - mean).square().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
-        self._mean, self._scale = mean.float().cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
+        mean = (sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)).float()
+        # the square of a small or large float32 may leave its range
+        scale = (sum((rows - mean).double().square_().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
+        self._mean, self._scale = mean.cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
         self._fingerprints = _fingerprints(x)
         self.history, self.notes = [], []
         codes = self._fit(self._standardise(x), progress).cpu().numpy()

@@ -116,9 +116,8 @@ def main() -> None:
     count = int(np.searchsorted(np.cumsum([len(sequence) for sequence in everything]), args.targets)) + 1
     sequences, tests = everything[:count], everything[-500:]
     targets = sum(map(len, sequences))
-    print(
-        f"{catalogue.name}: {count:,} users, {targets:,} targets, batch {args.batch}, {args.threads} threads; {machine()}"
-    )
+    size = f"{count:,} users, {targets:,} targets, batch {args.batch}, {args.threads} threads"
+    print(f"{catalogue.name}: {size}; {machine()}")
 
     def told(name: str, model: TIGER, seconds: float) -> float:
         score = model.score([test[:-1] for test in tests], np.array([test[-1] for test in tests]))

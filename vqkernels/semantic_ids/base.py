@@ -233,7 +233,8 @@ class Tokenizer:
         return (x - self._mean.to(x.device)).div_(self._scale.to(x.device))
 
     def _last_costs(self, x: Tensor, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Squared error of x[rows], standardised, with each code of the last level in place of its own: [len(rows), K]."""
+        """Squared error of x[rows] standardised, with each code of the last level in place of its own:
+        [len(rows), K]."""
         k = self._level_sizes()[-1]
         if len(rows) * k > DECODED and len(rows) > 1:
             halves = np.array_split(rows, 2)

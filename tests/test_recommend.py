@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="TIGER is built on transformers; pip 
 from vqkernels.data import DataError
 from vqkernels.recommend import TIGER, ContentNeighbours, Markov, Popularity, evaluate, leave_one_out, metrics
 from vqkernels.recommend.baselines import top_k
+from vqkernels.recommend.training import batches
 
 SMALL = {"d_model": 16, "d_ff": 32, "heads": 2, "layers": 1, "max_history": 6, "window": 3}
 
@@ -154,11 +155,11 @@ def test_training_and_scoring_see_the_same(window):
     reach = model.max_history - window + 1
     past, target = torch.from_numpy(sequence[None, :-window][:, -reach:]), torch.from_numpy(sequence[None, -window:])
     with torch.no_grad():
-        total = float(model._loss(past, target, None)) * window * model.levels
+        total = float(model(past, target, None)) * window * model.levels
         shorter = 0.0
         if window > 1:
             padded = torch.cat([target[:, :-1], torch.zeros(1, 1, dtype=torch.long)], 1)
-            shorter = float(model._loss(past, padded, None)) * (window - 1) * model.levels
+            shorter = float(model(past, padded, None)) * (window - 1) * model.levels
     assert -model.score([sequence[:-1]], sequence[-1:])[0] == pytest.approx(total - shorter, rel=1e-4)
 
 
@@ -167,7 +168,7 @@ def test_every_item_is_a_target_once_per_epoch():
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, model.num_items + 1, n) for n in (1, 2, 3, 7, 20)]
     targets, pairs = [], set()
-    for past, target, users in model._batches(sequences, np.arange(5), 4, rng):
+    for past, target, users in batches(model, sequences, np.arange(5), 4, rng):
         assert past.shape[1] <= model.max_history - model.window + 1 and target.shape[1] <= model.window
         for p, t, u in zip(past, target, users, strict=True):
             p, t = p[p > 0], t[t > 0]

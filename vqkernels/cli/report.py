@@ -51,14 +51,12 @@ def report(
 def _recommendation(run: Path, console) -> Path:
     from ..data import load_folder
     from ..recommend.compare import read_results
-    from ..recommend.evaluation import leave_one_out
     from ..recommend.report import verdicts, write_report
     from .compare import table
 
     results = read_results(run)
     page = write_report(run)
     console.print(table(results))
-    targets = leave_one_out(load_folder(run / "catalogue").sequences).test.targets
-    for sentence in verdicts(run, results, targets):
+    for sentence in verdicts(run, results, load_folder(run / "catalogue")):
         console.print(sentence)
     return page

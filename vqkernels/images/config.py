@@ -158,7 +158,7 @@ def config_from_dict(values: dict) -> RunConfig:
         raise DataError(f"a configuration is a mapping of {', '.join(_names(RunConfig))}, not {values!r}")
     kind = values.get("kind", "vqvae")
     _one_of("kind", kind, KINDS)
-    config = _convert({"model": {}} | values, RunConfig, "", model=MODELS[kind])
+    config = convert({"model": {}} | values, RunConfig, "", model=MODELS[kind])
     if kind == "prior" and config.model.tokenizer is not None and "data" not in values:
         data = load_config(Path(config.model.tokenizer) / "config.yaml").data
         config.data = dataclasses.replace(data, augment=False)
@@ -222,7 +222,7 @@ def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise DataError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _convert(value: Any, kind: Any, key: str, **nested: type) -> Any:
+def convert(value: Any, kind: Any, key: str, **nested: type) -> Any:
     """value as the type ``kind``, or a DataError that names ``key``. ``nested``: classes of fields that may have
     several."""
     if dataclasses.is_dataclass(kind):
@@ -233,7 +233,7 @@ def _convert(value: Any, kind: Any, key: str, **nested: type) -> Any:
             if name not in _names(kind):
                 where = f" in {key}" if key else ""
                 raise DataError(f"unknown key {name!r}{where}; there are: {', '.join(_names(kind))}")
-        return kind(**{name: _convert(v, hints[name], f"{key}.{name}".lstrip(".")) for name, v in value.items()})
+        return kind(**{name: convert(v, hints[name], f"{key}.{name}".lstrip(".")) for name, v in value.items()})
     if isinstance(kind, types.UnionType):
         if value is None:
             return None

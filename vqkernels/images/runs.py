@@ -9,21 +9,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..data import DataError
 from ..data.catalogue import write_atomic
+from ..data.checkpoint import read_tensors, write_tensors
 from ..models import VQGAN, VQVAE
 from .config import RunConfig, dump_config, load_config
 
-try:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save
-except ImportError:
-    raise ImportError("runs are saved with safetensors. Run: pip install 'vqkernels[images]'") from None
-
-CONFIG, METRICS, WEIGHTS, STATE = "config.yaml", "metrics.jsonl", "model.safetensors", "checkpoint/state.safetensors"
+CONFIG, METRICS, WEIGHTS = "config.yaml", "metrics.jsonl", "model.safetensors"
 
 
 def build_model(config: RunConfig, facts: dict) -> nn.Module:
@@ -46,7 +40,7 @@ def build_model(config: RunConfig, facts: dict) -> nn.Module:
 
 
 def save_model(folder: Path, state: dict[str, Tensor], facts: dict) -> None:
-    write_atomic(folder / WEIGHTS, save(_plain(state), {"facts": json.dumps(facts)}))
+    write_tensors(folder / WEIGHTS, state, "facts", facts)
 
 
 def load_run(folder) -> tuple[nn.Module, RunConfig]:
@@ -59,7 +53,7 @@ def load_run(folder) -> tuple[nn.Module, RunConfig]:
             f"{folder} has no {WEIGHTS} yet. Let the training come to its first evaluation, or go on with "
             f"vqkernels train {config.kind} --out {folder} --resume"
         )
-    state, facts = _read(folder / WEIGHTS, "facts")
+    state, facts = read_tensors(folder / WEIGHTS, "facts")
     model = build_model(config, facts)
     try:
         model.load_state_dict(state)
@@ -86,47 +80,3 @@ def read_metrics(folder) -> list[dict]:
         return []
     lines = path.read_bytes().split(b"\n")  # what follows the last line end was not written to its end
     return [json.loads(line) for line in lines[:-1]]
-
-
-def save_state(folder: Path, tensors: dict[str, dict[str, Tensor]], numbers: dict) -> None:
-    """``tensors``: groups of them by name."""
-    flat = {f"{group}|{name}": value for group, values in tensors.items() for name, value in values.items()}
-    (folder / STATE).parent.mkdir(exist_ok=True)
-    write_atomic(folder / STATE, save(_plain(flat), {"numbers": json.dumps(numbers)}))
-
-
-def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
-    """What ``save_state`` wrote, or None where it did not come to that."""
-    if not (folder / STATE).is_file():
-        return None
-    flat, numbers = _read(folder / STATE, "numbers")
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        group, name = key.split("|", 1)
-        tensors.setdefault(group, {})[name] = value
-    return tensors, numbers
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{place}.{name}": value for place, values in state.items() for name, value in values.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        place, name = key.split(".", 1)
-        state.setdefault(int(place), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _read(path: Path, key: str) -> tuple[dict[str, Tensor], dict]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[key])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged or not from vqkernels train ({error!r}). Train again") from None

@@ -21,18 +21,15 @@ from torch.utils.data import DataLoader
 
 from ..data import DataError
 from ..data.catalogue import write_atomic
+from ..data.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
 from ..data.progress import progress_bar
 from .config import NAMES, RunConfig, TrainConfig, config_to_dict
 from .runs import (
     CONFIG,
     METRICS,
-    load_state,
-    optimizer_tensors,
     read_config,
     read_metrics,
-    restore_optimizer,
     save_model,
-    save_state,
     write_config,
 )
 from .tasks import ImageTask, PriorTask

@@ -1,12 +1,15 @@
 """One comparison: semantic IDs by several methods, TIGER trained on each, baselines beside them.
 
-Every finished row is on disk before the next one starts, so a run that was killed goes on from there.
+Every finished row is on disk before the next one starts, and a TIGER in training keeps checkpoints, so a run that was
+killed goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +18,14 @@ import numpy as np
 
 from ..data import Catalogue, DataError, save_folder
 from ..data.catalogue import read_array, write_array, write_atomic
-from ..semantic_ids.methods import METHODS, make_tokenizer
+from ..semantic_ids.methods import METHODS as TOKENIZERS
+from ..semantic_ids.methods import make_tokenizer
 from .baselines import ContentNeighbours, Markov, Popularity
-from .evaluation import METRICS, leave_one_out, metrics
+from .evaluation import METRICS, Split, drawn, leave_one_out, metrics
 from .sasrec import SASRec
 from .tiger import TIGER
 
+METHODS = TOKENIZERS | {"collaborative": "residual k-means, text + company"}
 BASELINES = {
     "popularity": "most popular items",
     "markov": "first-order Markov chain",
@@ -30,6 +35,7 @@ BASELINES = {
 RESULTS = "results.json"
 MODEL_COLUMNS = ("collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
 TOP = 10
+SEARCHED = 1000  # users, at most, whose free beams are counted
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,20 @@ class Settings:
     window: int = 20
     beams: int = 50
     free_beams: int = 10
+    test_users: int = 0  # so many are drawn; 0: all
 
     def tiger(self) -> dict:
-        names = ("d_model", "d_ff", "heads", "layers", "dropout", "max_history", "window", "seed")
+        names = ("d_model", "d_ff", "heads", "layers", "dropout", "max_history", "window")
         return {name: getattr(self, name) for name in names}
 
 
 def check_methods(methods) -> list[str]:
+    """The methods without repetition; "all" stands for all. DataError for an unknown one."""
+    if list(methods) == ["all"]:
+        return list(METHODS)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
-        raise DataError(f"unknown method {', '.join(unknown) or '(none given)'}; there are: {', '.join(METHODS)}")
+        raise DataError(f"unknown method {', '.join(unknown) or '(none given)'}; there are: all, {', '.join(METHODS)}")
     return list(dict.fromkeys(methods))
 
 
@@ -79,10 +89,7 @@ class Comparison:
     ):
         if catalogue.embeddings is None:
             raise DataError(f"{catalogue.name} has no embeddings; embed its texts first (vqkernels.data.embed_texts)")
-        try:
-            self.split = leave_one_out(catalogue.sequences)
-        except ValueError as error:
-            raise DataError(f"{catalogue.name}: {error}") from None
+        self.split = split_of(catalogue, asdict(settings))
         self.catalogue, self.out, self.settings = catalogue, Path(out), settings
         found = self.out / RESULTS
         data = {
@@ -94,7 +101,7 @@ class Comparison:
             "embedding": embedding,
             "fingerprint": _fingerprint(catalogue),
         }
-        self.results = {"settings": asdict(settings), "data": data, "machine": _machine(), "rows": []}
+        self.results = {"settings": asdict(settings), "data": data, "machine": _machine(), "seconds": 0.0, "rows": []}
         if resume and found.is_file():
             before = read_results(self.out)
             for part in ("settings", "data"):
@@ -115,51 +122,63 @@ class Comparison:
     def rows(self) -> list[dict]:
         return self.results["rows"]
 
-    def finished(self, method: str) -> bool:
-        return any(row["method"] == method for row in self.rows)
+    def finished(self, method: str, seed: int | None) -> bool:
+        return any((row["method"], row["seed"]) == (method, seed) for row in self.rows)
 
-    def baselines(self, progress=None) -> None:
-        """Adds the baseline rows. ``progress(share_done, loss)`` hears how far SASRec is, which alone takes long."""
+    def baselines(self, seed: int, progress=None) -> None:
+        """Adds the baseline rows that are not there yet: SASRec of this seed, and those that need none.
+        ``progress(share_done, loss)`` hears how far SASRec is, which alone takes long."""
         items, train = self.catalogue.num_items, self.split.train
         made = {
-            "popularity": lambda: Popularity(items).fit(train),
-            "markov": lambda: Markov(items).fit(train),
-            "content": lambda: ContentNeighbours(self.catalogue.embeddings),
-            "sasrec": lambda: SASRec(items, seed=self.settings.seed).fit(
-                train, validation=self.split.validation, progress=progress
+            ("popularity", None): lambda: Popularity(items).fit(train),
+            ("markov", None): lambda: Markov(items).fit(train),
+            ("content", None): lambda: ContentNeighbours(self.catalogue.embeddings),
+            ("sasrec", seed): lambda: SASRec(items, seed=seed).fit(
+                train, epochs=3 * self.settings.epochs, validation=self.split.validation, progress=progress
             ),
         }
-        for name, make in made.items():
-            if not self.finished(name):
+        for (name, its_seed), make in made.items():
+            if not self.finished(name, its_seed):
                 began = time.perf_counter()
                 model = make()
                 seconds = time.perf_counter() - began
                 top, _ = model.recommend_batch(self.split.test.histories, TOP)
-                self._add(name, top, dict.fromkeys(MODEL_COLUMNS) | {"train_seconds": seconds}, kind="baseline")
+                extra = dict.fromkeys(MODEL_COLUMNS) | {"train_seconds": seconds}
+                if name == "sasrec":
+                    extra["training"] = model.history
+                self._add(name, its_seed, top, extra, "baseline", began)
 
-    def run(self, method: str, progress=None, tokens=None) -> dict:
+    def run(self, method: str, seed: int, progress=None, tokens=None) -> dict:
         """Tokenizes, trains, evaluates and adds a row. ``progress(stage, share_done, note)`` hears how far it is.
         ``tokens`` is passed to the tokenizer's fit as its progress (False: silence)."""
         say = progress or (lambda stage, share, note="": None)
-        s, folder = self.settings, method_folder(self.out, method)
+        s, folder, start = self.settings, method_folder(self.out, method, seed), time.perf_counter()
         say("semantic IDs", 0.0)
-        tokenizer = make_tokenizer(method, s.levels, s.codebook_size, s.seed)
-        tokenizer.fit(self.catalogue.embeddings, progress=tokens)
+        embeddings, encoder = self.catalogue.embeddings, None
+        if method == "collaborative":
+            from .collaborative import collaborative_embeddings
+
+            embeddings, encoder = collaborative_embeddings(self.catalogue, self.split.train, seed, progress=tokens)
+        name = "rkmeans" if method == "collaborative" else method
+        tokenizer = make_tokenizer(name, s.levels, s.codebook_size, seed)
+        tokenizer.fit(embeddings, progress=tokens)
         tokenizer.save(folder / "tokenizer", overwrite=True)
         report = tokenizer.report()
 
-        began = time.perf_counter()
-        model = TIGER(tokenizer.semantic_ids, tokenizer.codebook_sizes, **s.tiger())
+        model = TIGER(tokenizer.semantic_ids, tokenizer.codebook_sizes, **s.tiger(), seed=seed)
         model.fit(
             self.split.train,
             epochs=s.epochs,
             batch_size=s.batch_size,
             lr=s.lr,
             validation=self.split.validation,
+            checkpoint=folder / "training",
+            resume=True,
             progress=lambda share, loss: say("training", share, f"loss {loss:.3f}"),
         )
-        seconds = time.perf_counter() - began
+        seconds = sum(record["seconds"] for record in model.history)
         model.save(folder / "model")
+        shutil.rmtree(folder / "training")
 
         test = self.split.test
         top, _ = model.recommend_batch(
@@ -169,19 +188,21 @@ class Comparison:
             users=test.users,
             progress=lambda share: say("evaluation", share),
         )
+        some = drawn(test, SEARCHED, np.random.default_rng(s.seed))
         invalid = model.invalid_rates(
-            test.histories,
+            some.histories,
             (1, s.free_beams, s.beams),
-            users=test.users,
+            users=some.users,
             progress=lambda share: say("free beams", share),
         )
         extra = {
             "collision_rate": report["collision_rate"],
-            "usage": float(np.mean(report["usage"])),
+            "usage": [float(share) for share in report["usage"]],
             "perplexity": float(np.mean(report["perplexity"])),
             "invalid_rate": invalid[s.free_beams][-1],
             "invalid_rates": invalid,
             "train_seconds": seconds,
+            "encoder": encoder,
             "tokenizer": report,
             "tokenizer_history": tokenizer.history,
             "training": model.history,
@@ -193,17 +214,46 @@ class Comparison:
                 np.unique(tokenizer.semantic_ids[:, :-1], axis=0, return_counts=True)[1]
             ).tolist(),
         }
-        return self._add(method, top, extra, kind="tiger")
+        return self._add(method, seed, top, extra, "tiger", start)
 
-    def _add(self, method: str, top: np.ndarray, extra: dict, kind: str) -> dict:
-        row = {"method": method, "kind": kind, **metrics(top, self.split.test.targets), **extra}
-        method_folder(self.out, method).mkdir(parents=True, exist_ok=True)
-        write_array(method_folder(self.out, method) / "top10.npy", top)
+    def _add(self, method: str, seed: int | None, top: np.ndarray, extra: dict, kind: str, began: float) -> dict:
+        row = {"method": method, "seed": seed, "kind": kind, **metrics(top, self.split.test.targets), **extra}
+        row["seconds"] = time.perf_counter() - began
+        folder = method_folder(self.out, method, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_array(folder / "top10.npy", top)
         self.rows.append(row)
+        self.results["seconds"] = sum(r["seconds"] for r in self.rows)
         order = [*METHODS, *BASELINES]
-        self.rows.sort(key=lambda r: order.index(r["method"]))
+        self.rows.sort(key=lambda r: (order.index(r["method"]), r["seed"] or 0))
         write_atomic(self.out / RESULTS, json.dumps(self.results, indent=1).encode())
         return row
+
+
+def split_of(catalogue: Catalogue, settings: dict) -> Split:
+    """The data in three parts, with as many of the test users as the settings say. DataError when nothing is left to
+    test on."""
+    try:
+        split = leave_one_out(catalogue.sequences)
+    except ValueError as error:
+        raise DataError(f"{catalogue.name}: {error}") from None
+    count = settings.get("test_users")
+    return split._replace(test=drawn(split.test, count, np.random.default_rng(settings["seed"]))) if count else split
+
+
+def summary(results: dict) -> list[dict]:
+    """One row per method: ``method``, ``kind``, ``seeds`` (how many), and for each column the mean over the seeds;
+    ``spread`` has the standard deviations of the metrics (0 for one seed)."""
+    out = []
+    for method in dict.fromkeys(row["method"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["method"] == method]
+        mean = {}
+        for column in (*METRICS, *MODEL_COLUMNS):
+            values = [row[column] for row in rows]
+            mean[column] = None if values[0] is None else np.mean(values, 0).tolist()
+        spread = {m: statistics.stdev(v) if len(v := [row[m] for row in rows]) > 1 else 0.0 for m in METRICS}
+        out.append({"method": method, "kind": rows[0]["kind"], "seeds": len(rows), **mean, "spread": spread})
+    return out
 
 
 def read_results(out) -> dict:
@@ -212,7 +262,7 @@ def read_results(out) -> dict:
     try:
         results = json.loads(path.read_text())
         if (
-            not all(set(METRICS) <= row.keys() for row in results["rows"])
+            not all({*METRICS, "seed"} <= row.keys() for row in results["rows"])
             or "settings" not in results
             or "data" not in results
         ):
@@ -224,14 +274,15 @@ def read_results(out) -> dict:
         raise DataError(f"{path} is not a comparison's results ({error!r}). Run the comparison again") from None
 
 
-def method_folder(out, method: str) -> Path:
+def method_folder(out, method: str, seed: int | None) -> Path:
     """Where a row keeps its tokenizer, its model and ``top10.npy``."""
-    return Path(out) / "methods" / method
+    folder = Path(out) / "methods" / method
+    return folder if seed is None else folder / f"seed-{seed}"
 
 
-def top_items(out, method: str) -> np.ndarray:
+def top_items(out, row: dict) -> np.ndarray:
     """A finished row's recommendations for the test users: item ids int64 ``[users, 10]``, best first."""
-    return read_array(method_folder(out, method) / "top10.npy")
+    return read_array(method_folder(out, row["method"], row["seed"]) / "top10.npy")
 
 
 def _fingerprint(catalogue: Catalogue) -> str:

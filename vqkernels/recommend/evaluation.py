@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 CUTOFFS = {"HR": (1, 5, 10), "NDCG": (5, 10)}
+JUDGED = 2000  # validation users, at most, who decide which epoch's weights are kept
 METRICS = tuple(f"{name}@{k}" for name, cutoffs in CUTOFFS.items() for k in cutoffs)
 
 
@@ -46,6 +47,12 @@ def leave_one_out(sequences) -> Split:
         return Queries([sequences[i][:-back] for i in users], np.array([sequences[i][-back] for i in users]), users)
 
     return Split([s[:-2] if len(s) >= 3 else s for s in sequences], queries(2), queries(1))
+
+
+def drawn(queries: Queries, count: int, rng: np.random.Generator) -> Queries:
+    """At most ``count`` of the queries, drawn by ``rng``, in their order."""
+    rows = np.sort(rng.permutation(len(queries.targets))[:count])
+    return Queries([queries.histories[i] for i in rows], queries.targets[rows], queries.users[rows])
 
 
 def metrics(items, targets) -> dict[str, float]:

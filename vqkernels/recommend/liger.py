@@ -58,7 +58,7 @@ class LIGER(TIGER):
         self._known = torch.from_numpy(np.unique(np.concatenate(sequences))).to(self.device) if sequences else None
         return super().fit(sequences, **options)
 
-    def _loss(self, past: Tensor, target: Tensor, users: Tensor | None) -> Tensor:
+    def forward(self, past: Tensor, target: Tensor, users: Tensor | None = None) -> Tensor:
         hidden, target = self._states(past, target, users)
         drawn = self._known
         if len(drawn) > NEGATIVES:
@@ -66,7 +66,7 @@ class LIGER(TIGER):
         query = nn.functional.normalize(self.query(hidden[:, 0]), dim=1)
         right = (query * self.text[target - 1]).sum(1, keepdim=True)
         others = (query @ self.text[drawn - 1].T).masked_fill(drawn == target.unsqueeze(1), -torch.inf)
-        logits = torch.cat([right, others], 1) / self.temperature
+        logits = torch.cat([right, others], 1).float() / self.temperature
         dense = nn.functional.cross_entropy(logits, torch.zeros_like(target))
         return self._code_loss(hidden, target) + self.dense_weight * dense
 

@@ -10,36 +10,42 @@ import numpy as np
 from ..data import Catalogue, load_folder
 from ..data.catalogue import write_atomic
 from ..pages import facts, figure, page, picture, png
-from .compare import BASELINES, METHODS, read_results, top_items
-from .evaluation import METRICS, leave_one_out
+from .compare import BASELINES, METHODS, SEARCHED, read_results, split_of, summary, top_items
+from .evaluation import JUDGED, METRICS
 
 LABELS = METHODS | BASELINES
-COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#0369a1", "#d97706", "#b91c1c", "#7c3aed", "#be185d", "#4d7c0f", "#713f12")
+COLORS = ("#8a8f98", "#2563eb", "#0d9488", "#0369a1", "#d97706", "#b91c1c", "#7c3aed", "#be185d", "#4d7c0f", "#713f12",
+          "#0891b2")  # fmt: skip
 COLUMNS = (*METRICS, "collision_rate", "usage", "perplexity", "invalid_rate", "train_seconds")
 HEADS = {"collision_rate": "collisions", "invalid_rate": "invalid", "train_seconds": "training"}
 
 
-def cell(column: str, value) -> str:
-    """A number of the table, as people read it."""
+def cell(row: dict, column: str) -> str:
+    """A number of a row of ``summary``, as people read it."""
+    value = row[column]
     if value is None:
         return "–"
     if column in METRICS:
-        return f"{value:.4f}"
-    if column in ("collision_rate", "usage", "invalid_rate"):
+        return f"{value:.4f}" + (f" ± {row['spread'][column]:.4f}" if row["seeds"] > 1 else "")
+    if column == "usage":  # one number a level
+        return " ".join(f"{100 * share:.0f}" for share in value) + " %"
+    if column in ("collision_rate", "invalid_rate"):
         return "100 %" if value == 1 else f"{100 * value:.{2 if 0 < value < 0.01 else 1}f} %"
     return f"{value:.1f}" if column == "perplexity" else f"{value:.0f} s"
 
 
-def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
+def verdicts(out, results: dict, catalogue: Catalogue) -> list[str]:
     """One sentence per TIGER row: whether its HR@10 beats popularity, Markov and random IDs.
 
-    Users are paired: the mean difference of two rows' hits is given with two standard errors.
+    Users are paired: the mean difference of two rows' hits, themselves means over the seeds, is given with two standard
+    errors.
     """
-    hits = {
-        r["method"]: (top_items(out, r["method"]) == targets[:, None]).any(1).astype(float) for r in results["rows"]
-    }
+    targets, found = split_of(catalogue, results["settings"]).test.targets, {}
+    for row in results["rows"]:
+        found.setdefault(row["method"], []).append((top_items(out, row) == targets[:, None]).any(1))
+    hits = {method: np.mean(lists, 0) for method, lists in found.items()}
     sentences = []
-    for row in (r for r in results["rows"] if r["kind"] == "tiger"):
+    for row in (r for r in summary(results) if r["kind"] == "tiger"):
         name, parts = LABELS[row["method"]], []
         for other, its in (("popularity", "popularity"), ("markov", "Markov"), ("random", "random IDs")):
             if other not in hits or other == row["method"]:
@@ -53,9 +59,9 @@ def verdicts(out, results: dict, targets: np.ndarray) -> list[str]:
     return sentences
 
 
-def best_row(results: dict) -> dict | None:
-    """The TIGER row with the highest NDCG@10."""
-    rows = [r for r in results["rows"] if r["kind"] == "tiger"]
+def best_row(results: dict, method: str | None = None) -> dict | None:
+    """The TIGER row with the highest NDCG@10, of all or of one method's seeds."""
+    rows = [r for r in results["rows"] if r["kind"] == "tiger" and method in (None, r["method"])]
     return max(rows, key=lambda r: r["NDCG@10"]) if rows else None
 
 
@@ -64,7 +70,7 @@ def example(out, results: dict, catalogue: Catalogue) -> dict | None:
     row = best_row(results)
     if row is None:
         return None
-    test = leave_one_out(catalogue.sequences).test
+    test = split_of(catalogue, results["settings"]).test
     place = int(np.random.default_rng(results["settings"]["seed"]).integers(len(test.targets)))
     title = lambda item: catalogue.item_titles[item - 1]  # noqa: E731
     target = int(test.targets[place])
@@ -73,7 +79,7 @@ def example(out, results: dict, catalogue: Catalogue) -> dict | None:
         "method": row["method"],
         "seen": len(test.histories[place]),
         "history": [title(i) for i in test.histories[place][-8:]],
-        "recommended": [(title(i), i == target) for i in top_items(out, row["method"])[place] if i > 0],
+        "recommended": [(title(i), i == target) for i in top_items(out, row)[place] if i > 0],
         "next": title(target),
     }
 
@@ -103,6 +109,12 @@ def write_report(out) -> Path:
                 "Free search: the share of beams that lead to no item after each code, by the number of beams.",
                 _draw_invalid,
             ),
+            (
+                "accuracy",
+                f"NDCG@10 on the validation items of at most {JUDGED:,} users against the seconds of training; a line "
+                "that still rises at its end would gain from longer training.",
+                _draw_accuracy,
+            ),
         )
         if any(r["kind"] == "tiger" for r in results["rows"])
     ]
@@ -116,19 +128,23 @@ def write_report(out) -> Path:
 
 
 def _tiger_rows(results) -> list[tuple[dict, str]]:
-    rows = [r for r in results["rows"] if r["kind"] == "tiger"]
-    return [(r, COLORS[list(METHODS).index(r["method"])]) for r in rows]
+    """Each method's row of the first seed, and its color."""
+    first = {}
+    for row in results["rows"]:
+        first.setdefault(row["method"], row)
+    return [(r, COLORS[list(METHODS).index(r["method"])]) for r in first.values() if r["kind"] == "tiger"]
 
 
 def _draw_scores(results) -> bytes:
-    rows = results["rows"]
+    rows = summary(results)
     colors = [COLORS[list(METHODS).index(r["method"])] if r["kind"] == "tiger" else "#cbd5e1" for r in rows]
     canvas, axes = figure(1, 2, 9, 0.8 + 0.32 * len(rows))
     for ax, metric in zip(axes[0], ("HR@10", "NDCG@10"), strict=True):
-        bars = ax.barh([LABELS[r["method"]] for r in rows], [r[metric] for r in rows], color=colors, height=0.65)
-        ax.bar_label(bars, [f" {r[metric]:.4f}" for r in rows], fontsize=8)
+        means, spread = [r[metric] for r in rows], [r["spread"][metric] for r in rows]
+        bars = ax.barh([LABELS[r["method"]] for r in rows], means, xerr=spread, color=colors, height=0.65)
+        ax.bar_label(bars, [f" {mean:.4f}" for mean in means], fontsize=8)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.15 * max(r[metric] for r in rows))
+        ax.set_xlim(0, 1.2 * max(m + s for m, s in zip(means, spread, strict=True)))
         ax.set_title(metric, fontsize=10, fontweight="bold", loc="left")
     axes[0, 1].set_yticklabels([])
     return png(canvas)
@@ -206,6 +222,21 @@ def _draw_training(results) -> bytes:
     return png(canvas)
 
 
+def _draw_accuracy(results) -> bytes:
+    lines = [(row, color, "-") for row, color in _tiger_rows(results)]
+    lines += [(row, "#64748b", "--") for row in results["rows"] if row["method"] == "sasrec"][:1]
+    canvas, axes = figure(1, 1, 9, 3.2)
+    ax = axes[0, 0]
+    for row, color, style in lines:
+        seconds = np.cumsum([e["seconds"] for e in row["training"]])
+        score = [e["validation_ndcg"] for e in row["training"]]
+        ax.plot(seconds, score, color=color, lw=1.4, ls=style, marker="o", ms=2.5, label=LABELS[row["method"]])
+    ax.set_xlabel("seconds of training", fontsize=8)
+    ax.set_ylabel("validation NDCG@10", fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
+    return png(canvas)
+
+
 def _draw_invalid(results) -> bytes:
     rows = [row for row, _ in _tiger_rows(results)]
     canvas, axes = figure(1, len(rows), 11, 2.4)
@@ -229,7 +260,8 @@ def _draw_invalid(results) -> bytes:
 def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
     text = html.escape
     data, settings, machine = results["data"], results["settings"], results["machine"]
-    targets = leave_one_out(catalogue.sequences).test.targets
+    seeds = max(row["seeds"] for row in summary(results))
+    runs = f"{seeds} runs, mean ± standard deviation" if seeds > 1 else "one run with one seed"
     parts = [
         f"<h1>Semantic IDs on {text(data['name'])}</h1>",
         f"<p class='lead'>{data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions. "
@@ -238,15 +270,17 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
         "encoder-decoder, reads a user's history as such codes and writes the codes of the next item. Only the IDs "
         "differ between its rows.</p>",
         "<div class='wide'>" + _table(results) + "</div>",
-        f"<p class='note'>Leave one out: each of {data['test_users']:,} users' last item is to be found among all "
+        f"<p class='note'>All rows together took {results['seconds']:,.0f} s. "
+        f"Leave one out: each of {data['test_users']:,} users' last item is to be found among all "
         f"{data['items']:,}; items already in the history are not recommended, by any method. Collisions: share of "
-        "items whose codes another item has too (a further digit tells them apart). Usage and perplexity: "
-        f"mean over levels. Invalid: share of {settings['free_beams']} freely searched beams that are no item's ID; "
+        "items whose codes another item has too (a further digit tells them apart). Usage: of the "
+        "codes, by level; perplexity: mean over levels. Invalid: share of "
+        f"{settings['free_beams']} freely searched beams that are no item's ID, of up to {SEARCHED:,} users; "
         f"the scores use {settings['beams']} beams held to valid IDs. Training: TIGER alone.</p>",
         "<h2>In words</h2>",
-        "<ul class='verdict'>" + "".join(f"<li>{text(s)}</li>" for s in verdicts(out, results, targets)) + "</ul>",
-        "<p class='note'>Differences of HR@10 over the same users, ± two standard errors, from one run with one seed: "
-        "chance in the training is not in the ±.</p>",
+        "<ul class='verdict'>" + "".join(f"<li>{text(s)}</li>" for s in verdicts(out, results, catalogue)) + "</ul>",
+        f"<p class='note'>Differences of HR@10 over the same users, ± two standard errors, from {runs}: chance in the "
+        "training is not in the ±.</p>",
     ]
     shown = example(out, results, catalogue)
     if shown:
@@ -264,7 +298,7 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
             f"<p>What came next: <b>{text(shown['next'])}</b>. {found}</p>",
         ]
     titles = {"scores": "Scores", "usage": "Codebook usage", "collisions": "Collisions", "training": "Training",
-              "invalid": "Invalid beams"}  # fmt: skip
+              "invalid": "Invalid beams", "accuracy": "Accuracy against training time"}  # fmt: skip
     for name, caption, image in pictures:
         parts.append(f"<h2>{titles[name]}</h2>{picture(image, caption)}")
     parts += ["<h2>Machine and settings</h2>", facts(machine | settings)]
@@ -272,14 +306,15 @@ def _page(out: Path, results: dict, catalogue: Catalogue, pictures) -> str:
 
 
 def _table(results: dict) -> str:
-    best = {c: max((r[c] for r in results["rows"] if r["kind"] == "tiger"), default=None) for c in METRICS}
+    rows = summary(results)
+    best = {c: max((r[c] for r in rows if r["kind"] == "tiger"), default=None) for c in METRICS}
     lines, before = [], "tiger"
-    for row in results["rows"]:
+    for row in rows:
         tiger = row["kind"] == "tiger"
         style = ("" if tiger else "baseline") + (" first" if before != row["kind"] else "")
         before = row["kind"]
         cells = "".join(
-            f"<td{' class=best' if tiger and row[c] == best.get(c) else ''}>{cell(c, row[c])}</td>" for c in COLUMNS
+            f"<td{' class=best' if tiger and row[c] == best.get(c) else ''}>{cell(row, c)}</td>" for c in COLUMNS
         )
         lines.append(f"<tr class='{style.strip()}'><td>{html.escape(LABELS[row['method']])}</td>{cells}</tr>")
     heads = "".join(f"<th>{HEADS.get(c, c)}</th>" for c in COLUMNS)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Baseline
-from .evaluation import Queries, metrics
-
-JUDGED = 2000  # users whose validation items decide which epoch's weights are kept
+from .evaluation import JUDGED, Queries, drawn, metrics
 
 
 class SASRec(Baseline):
@@ -85,7 +83,7 @@ class SASRec(Baseline):
                 "at least 1"
             )
         rng, device = np.random.default_rng(self.seed), self.net.items.weight.device
-        judged = None if validation is None else _some(validation, rng)
+        judged = None if validation is None else drawn(validation, JUDGED, rng)
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         best, waited, self.history = None, 0, []
         with torch.random.fork_rng():
@@ -173,8 +171,3 @@ def _like_lengths(sequences: list[np.ndarray], batch_size: int, rng: np.random.G
     order = np.lexsort([rng.random(len(sequences)), [len(s) for s in sequences]])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def _some(queries: Queries, rng: np.random.Generator) -> Queries:
-    rows = np.sort(rng.permutation(len(queries.targets))[:JUDGED])
-    return Queries([queries.histories[i] for i in rows], queries.targets[rows], queries.users[rows])

@@ -5,11 +5,8 @@ Rajput et al. 2023, "Recommender Systems with Generative Retrieval" (arXiv 2305.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -167,40 +164,16 @@ class TIGER(nn.Module):
         """Mean cross entropy per code of what ``_states`` returns."""
         codes = self.item_tokens[target]
         losses = [
-            nn.functional.cross_entropy(self.level_logits(hidden[:, level], level), codes[:, level] - low)
+            nn.functional.cross_entropy(self.level_logits(hidden[:, level], level).float(), codes[:, level] - low)
             for level, (low, _) in enumerate(self.level_ranges)
         ]
         return torch.stack(losses).mean()
 
-    def _loss(self, past: Tensor, target: Tensor, users: Tensor | None) -> Tensor:
+    def forward(self, past: Tensor, target: Tensor, users: Tensor | None = None) -> Tensor:
+        """The loss of a batch: items past ``[B, T]`` and target ``[B, window]``, 0 = padding behind."""
         return self._code_loss(*self._states(past, target, users))
 
     # Training.
-
-    def _batches(self, sequences: list[np.ndarray], users: np.ndarray, batch_size: int, rng: np.random.Generator):
-        """Cuts every sequence into windows at a random phase, so that each item is a target once per epoch, and yields
-        (past [B, T], target [B, window], users [B]) with examples of like length together."""
-        lengths = np.array([len(s) for s in sequences])
-        flat, base = np.concatenate(sequences), np.cumsum(lengths) - lengths
-        phase = rng.integers(0, self.window, len(sequences))
-        count = -(-(lengths + phase) // self.window)
-        owner = np.repeat(np.arange(len(sequences)), count)
-        start = (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)) * self.window - phase[owner]
-        stop = np.minimum(start + self.window, lengths[owner])
-        start = np.maximum(start, 0)  # the first window may begin before the sequence does
-        reach = np.minimum(start, self.max_history - self.window + 1)  # items that the encoder sees
-
-        def gather(first, size):
-            columns = np.arange(size.max())
-            inside = columns < size[:, None]
-            return torch.from_numpy(np.where(inside, flat[np.where(inside, first[:, None] + columns, 0)], 0))
-
-        order = np.lexsort([rng.random(len(owner)), stop - start, reach])
-        batches = np.split(order, range(batch_size, len(order), batch_size))
-        for rows in (batches[i] for i in rng.permutation(len(batches))):
-            first = base[owner[rows]] + start[rows]
-            past = gather(first - reach[rows], reach[rows])
-            yield past, gather(first, stop[rows] - start[rows]), torch.from_numpy(users[owner[rows]])
 
     def fit(
         self,
@@ -211,64 +184,49 @@ class TIGER(nn.Module):
         lr: float = 3e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
+        schedule: str = "cosine",
+        augment: bool = True,
+        precision: str = "no",
         validation=None,
+        patience: int = 0,
+        checkpoint=None,
+        checkpoint_every: int = 1000,
+        resume: bool = False,
         progress=None,
     ) -> TIGER:
-        """Trains on sequences (item ids from 1, oldest first) with AdamW, linear warm-up and cosine decay.
+        """Trains on sequences (item ids from 1, oldest first) with AdamW.
+
+        Started by torchrun, each process trains on its part of every batch, and all end with the same model.
 
         Args:
             epochs: each shows every item of every sequence once as a target.
-            batch_size: decoder windows per step.
+            batch_size: decoder windows per step and process.
             warmup: the share of all steps during which the learning rate rises.
-            validation: ``Queries``; their loss is recorded after each epoch, and the best epoch's weights are kept.
+            schedule: what follows: "cosine", down to 0, or "inverse-sqrt" of the steps, as T5 was trained.
+            augment: False takes the latest window of each sequence only (with ``window=1`` its last item), in place of
+                every item in turn.
+            precision: "no" (float32), "bf16" or "fp16" for the products of training; weights and decoding stay float32.
+            validation: ``Queries``, up to 2,000 of which, drawn by the seed, judge every epoch; the weights of the
+                epoch with the best NDCG@10 are kept.
+            patience: epochs without a better one after which training stops; 0: never.
+            checkpoint: a folder for all state, written every ``checkpoint_every`` steps and after each epoch.
+            resume: go on from what ``checkpoint`` holds, to the same model as without the interruption; begin where it
+                holds nothing. DataError when it is of another training.
             progress: called as ``progress(share_done, loss)`` after each step.
 
         Returns:
-            self, in eval mode. ``history`` has epoch, loss (mean cross entropy per code), seconds, and validation_loss.
+            self, in eval mode. ``history`` has epoch, loss (mean cross entropy per code), seconds, and with
+            ``validation`` validation_loss and validation_ndcg.
+
+        FloatingPointError when the loss is no longer finite.
         """
-        users = np.array([i for i, s in enumerate(sequences) if len(s)], dtype=np.int64)
-        sequences = [self._checked(sequences[i]) for i in users]
-        if not len(users) or epochs < 1 or batch_size < 1:
-            raise ValueError(
-                f"{len(users)} non-empty sequences, epochs {epochs}, batch_size {batch_size}; each must be at least 1"
-            )
-        groups = [{"params": [p for p in self.parameters() if (p.ndim > 1) == matrix]} for matrix in (True, False)]
-        groups[1]["weight_decay"] = 0.0
-        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-        rng, best, self.history = np.random.default_rng(self.seed), None, []
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            for epoch in range(epochs):
-                self.train()
-                began, losses = time.perf_counter(), []
-                batches = list(self._batches(sequences, users, batch_size, rng))
-                for step, (past, target, who) in enumerate(batches):
-                    done = (epoch + (step + 0.5) / len(batches)) / epochs
-                    rate = (
-                        done / warmup
-                        if done < warmup
-                        else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
-                    )
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * rate
-                    loss = self._loss(past.to(self.device), target.to(self.device), who)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-                    optimizer.step()
-                    losses.append(loss.item())
-                    if progress:
-                        progress((epoch + (step + 1) / len(batches)) / epochs, losses[-1])
-                record = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "seconds": time.perf_counter() - began}
-                self.eval()
-                if validation is not None:
-                    score = self.score(validation.histories, validation.targets, users=validation.users)
-                    record["validation_loss"] = float(-score.mean() / self.levels)
-                    if best is None or record["validation_loss"] < best[0]:
-                        best = record["validation_loss"], copy.deepcopy(self.state_dict())
-                self.history.append(record)
-        if best is not None:
-            self.load_state_dict(best[1])
+        from .training import Trainer
+
+        Trainer(
+            self, sequences, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
+            schedule=schedule, augment=augment, precision=precision, validation=validation, patience=patience,
+            checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume, progress=progress,
+        ).run()  # fmt: skip
         return self
 
     # Recommending.

@@ -1,7 +1,7 @@
 """Training an RQ-VAE: this project's, and the same autoencoder (384-256-128-32) on vector-quantize-pytorch's
 ``ResidualVQ``. Processor time.
 
-python bench/rqvae.py [--batch 512] [--levels 3] [--size 256] [--steps 12] [--threads 1]
+python bench/rqvae.py [--batch 512] [--levels 3] [--size 256] [--steps 12] [--threads 1] [--bf16]
 python bench/rqvae.py --data FOLDER [--epochs 80]
 
 Without --data, a step: forward, backward and AdamW on rows like embeddings, the same options and batches; "quantizer"
@@ -73,7 +73,8 @@ def step_times(args) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
         def step(model=model, optimizer=optimizer):
-            loss = model(x).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss = model(x).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -163,6 +164,7 @@ def main() -> None:
     defaults = {"batch": 512, "levels": 3, "size": 256, "steps": 12, "threads": 1, "epochs": 80}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bf16", action="store_true", help="a step's products in bfloat16, in all models")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"batch {args.batch}, {args.levels} x {args.size}, {args.threads} threads; {machine()}")

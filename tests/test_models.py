@@ -129,7 +129,7 @@ def test_rqvae_starts_as_the_best_linear_autoencoder(hidden, latent, carried):
     torch.testing.assert_close(z[:, :carried].square().mean(), torch.tensor(1.0))
     torch.testing.assert_close(z[:, :carried].mean(0), torch.zeros(carried), atol=1e-4, rtol=0)
     # what carries no component can learn: the other units and latent features are there, and change with x
-    assert (z[:, carried:].std(0) > 0).all()
+    assert (z[:, carried:].amax(0) > z[:, carried:].amin(0)).all()
     (model.decoder(torch.sin(z)) - x).square().sum().backward()
     used = model.decoder[-1].weight.grad.abs().sum(0) > 0
     assert used[: 2 * carried].all() and (used[2 * carried :].float().mean() > 0.5 or used[2 * carried :].numel() < 2)

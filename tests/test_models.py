@@ -10,6 +10,7 @@ import torch
 from vqkernels.data import fashion_mnist_subset
 from vqkernels.layers import VectorQuantize
 from vqkernels.models import RQVAE, VQVAE
+from vqkernels.semantic_ids import RQVAETokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +108,56 @@ def test_other_rqvaes_learn_encode_and_decode(options):
     torch.testing.assert_close(model.decode(codes), out.reconstruction)
     coarse, fine = (model.decode(codes[:, :levels]) for levels in (1, 2))
     assert (coarse - x).square().mean() > (fine - x).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "latent", "carried"),
+    [((16,), 4, 4), ((40, 20), 6, 6), ((), 5, 5), ((9, 7), 6, 3), ((1,), 4, 0), ((64,), 20, 12)],
+)
+def test_rqvae_starts_as_the_best_linear_autoencoder(hidden, latent, carried):
+    torch.manual_seed(0)
+    x = torch.randn(200, 12) @ torch.randn(12, 12) + 3
+    model = RQVAE(12, hidden=hidden, latent_dim=latent, codebook_size=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.init_pca_(x) is model
+    z = model.encoder(x)
+    lost = torch.linalg.svdvals(x - x.mean(0))[carried:].square().sum()
+    if carried == 0:  # no layer has room for a component
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    torch.testing.assert_close((model.decoder(z) - x).square().sum(), lost, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(z[:, :carried].square().mean(), torch.tensor(1.0))
+    torch.testing.assert_close(z[:, :carried].mean(0), torch.zeros(carried), atol=1e-4, rtol=0)
+    # what carries no component can learn: the other units and latent features are there, and change with x
+    assert (z[:, carried:].amax(0) > z[:, carried:].amin(0)).all()
+    (model.decoder(torch.sin(z)) - x).square().sum().backward()
+    used = model.decoder[-1].weight.grad.abs().sum(0) > 0
+    assert used[: 2 * carried].all() and (used[2 * carried :].float().mean() > 0.5 or used[2 * carried :].numel() < 2)
+
+
+def test_rqvae_start_on_equal_rows_changes_nothing():
+    model = RQVAE(12, hidden=[16], latent_dim=4, codebook_size=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_pca_(torch.zeros(5, 12))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quantizer", ["residual", "simvq", "fsq"])
+def test_rqvae_tokenizer_starts_as_pca_and_kmeans(quantizer):
+    torch.manual_seed(0)
+    x = clusters(300, 16)
+    tokenizer = RQVAETokenizer(2, 16, hidden=[32], epochs=1, lr=1e-9, batch_size=100, quantizer=quantizer).fit(x)
+    z, model = tokenizer._standardise(x), tokenizer._model
+    count = min(model.encoder[-1].out_features, 16)
+    with torch.no_grad():
+        left = (model.decoder(model.encoder(z)) - z).square().sum()
+    torch.testing.assert_close(left, torch.linalg.svdvals(z)[count:].square().sum(), rtol=1e-3, atol=1e-2)
+    if quantizer == "residual":
+        assert tokenizer.report()["energy"][-1] > 0.9
+        for layer in model.quantizer.layers:  # counts of a batch, so that a codeword without one is soon dead
+            counts, sums = layer._codebook.cluster_size, layer._codebook.embed_avg
+            assert counts.sum() == pytest.approx(100, rel=0.02)
+            torch.testing.assert_close(sums / counts.unsqueeze(-1), layer._codebook.embed, rtol=0.1, atol=0.1)
 
 
 def test_rqvae_settings():

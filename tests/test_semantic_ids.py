@@ -8,6 +8,7 @@ import torch
 
 from vqkernels import kmeans
 from vqkernels.data import DataError
+from vqkernels.ops.checks import finite_rows
 from vqkernels.semantic_ids import (
     METHODS,
     HierarchicalKMeansTokenizer,
@@ -16,10 +17,12 @@ from vqkernels.semantic_ids import (
     ResidualKMeansTokenizer,
     RQVAETokenizer,
     add_digit,
+    base,
     collision_report,
     load_tokenizer,
     make_tokenizer,
     shared_prefixes,
+    tokenizers,
 )
 from vqkernels.semantic_ids.collisions import transport
 
@@ -84,6 +87,25 @@ def test_ids_are_unique_in_range_and_encode_gives_them_back(tokenizer, x):
     assert np.array_equal(row_by_row, np.delete(ids, 7, 0))  # item 7 has the embedding of item 5
     as_tensor = tokenizer.encode(torch.from_numpy(x))
     assert isinstance(as_tensor, torch.Tensor) and np.array_equal(as_tensor.numpy(), ids)
+
+
+def test_a_fit_leaves_its_embeddings_alone_and_takes_read_only_ones(tokenizer, x):
+    given = x.copy()
+    given.setflags(write=False)
+    again = type(tokenizer)(**tokenizer._config()).fit(given, progress=False)
+    assert np.array_equal(given, x) and np.array_equal(again.semantic_ids, tokenizer.semantic_ids)
+
+
+def test_a_catalogue_is_worked_on_in_tiles(tokenizer, x, monkeypatch):
+    for module in (base, tokenizers):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    again = type(tokenizer)(**tokenizer._config()).fit(x, progress=False)
+    assert np.array_equal(again.semantic_ids, tokenizer.semantic_ids)
+    if again.report()["energy"]:
+        assert again.report()["energy"] == pytest.approx(tokenizer.report()["energy"], rel=1e-5)
+    if tokenizer.kind != "random":  # what the fit says of its items is what a search says of them
+        codes = tokenizer._codes(tokenizer._standardise(torch.from_numpy(x)))
+        assert np.array_equal(codes.numpy(), tokenizer.semantic_ids[:, : tokenizer.levels])
 
 
 def test_new_items_get_the_next_free_digit(tokenizer, x):
@@ -172,6 +194,17 @@ def test_standardisation_ignores_offset_and_unit(x):
     z = tokenizer._standardise(torch.from_numpy(x))
     assert z.mean(0).abs().max() < 1e-2 and z.square().mean() == pytest.approx(1, rel=1e-3)
     assert np.array_equal(ResidualKMeansTokenizer(2, 8, seed=1).fit(x * 1024).semantic_ids, tokenizer.semantic_ids)
+
+
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**100])
+def test_standardisation_stays_in_range(x, unit):
+    """Squares, or the sum of all values, leave the range of float32."""
+    tokenizer = ResidualKMeansTokenizer(2, 8, seed=1).fit(x)
+    x = x.astype(np.float64) * unit
+    many = ResidualKMeansTokenizer(2, 8, seed=1).fit(x.astype(np.float32))
+    assert np.array_equal(many.semantic_ids, tokenizer.semantic_ids)
+    assert finite_rows(torch.tensor([[3e38], [3e38], [torch.nan], [torch.inf]])).tolist() == [True, True, False, False]
+    assert finite_rows(torch.tensor([[3e38], [3e38]])).all() and not finite_rows(torch.tensor([[-torch.inf]])).any()
 
 
 def test_hierarchical_codes_depend_on_their_prefix(x):

@@ -101,6 +101,29 @@ class RQVAE(nn.Module):
         self.encoder = _mlp([dim, *hidden, latent])
         self.decoder = _mlp([latent, *reversed(hidden), dim])
 
+    @torch.no_grad()
+    def init_pca_(self, x: Tensor) -> RQVAE:
+        """Make encoder and decoder the principal component analysis of x [N, D]; returns self.
+
+        Two units of a ReLU layer carry a number p, as max(p, 0) and max(-p, 0), so that the autoencoder starts as the
+        best linear one, which gradient descent needs hundreds of steps to find. Units that are left keep their random
+        weights, but at first the last layers do not listen to them. A layer narrower than twice the latent carries
+        fewer components, and the latent features beyond them start at random. Latents get a mean square of 1.
+        """
+        encoder, decoder = (
+            [layer for layer in mlp if isinstance(layer, nn.Linear)] for mlp in (self.encoder, self.decoder)
+        )
+        latent = encoder[-1].out_features
+        count = min(latent, *x.shape, *(layer.out_features // 2 for layer in encoder[:-1]))
+        mean = x.mean(0)
+        components = torch.linalg.eigh((x - mean).T @ (x - mean))[1].T.flip(0)[:count]
+        scale = ((x - mean) @ components.T).square().mean().sqrt() if count else x.new_zeros(())
+        if scale > 0:
+            identity = torch.eye(count, latent, device=x.device)
+            _carry(encoder, components / scale, identity[:, :count], -mean @ components.T / scale)
+            _carry(decoder, identity, components.T * scale, mean)
+        return self
+
     def forward(self, x: Tensor) -> RQVAEOutput:
         """x [N, D] -> RQVAEOutput. In training mode the codewords move, so call it once a step."""
         quantized, indices, losses = self.quantizer(self.encoder(x))
@@ -125,7 +148,7 @@ class RQVAE(nn.Module):
         return self.decoder(self.quantizer.get_output_from_indices(indices))
 
 
-CODEBOOK = {"kmeans_init": True, "threshold_ema_dead_code": 0.5, "decay": 0.9}
+CODEBOOK = {"kmeans_init": True, "threshold_ema_dead_code": 0.5, "decay": 0.99}
 GUMBEL_SCALE = 100.0  # latents' root mean square against the noise, whose standard deviation is 1.3
 
 
@@ -171,3 +194,19 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def _carry(layers: Sequence[nn.Linear], first: Tensor, last: Tensor, bias: Tensor) -> None:
+    """Make the outputs of these layers, with ReLUs between them, start with last @ (first @ x) + bias; first
+    [m, inputs], last [n, m], bias [n], n <= outputs."""
+    pairs, n = 2 * len(first), len(last)
+    for layer in layers[:-1]:
+        layer.weight[:pairs] = torch.eye(pairs, layer.in_features, device=first.device)
+        layer.bias[:pairs] = 0.0
+    if len(layers) == 1:
+        layers[0].weight[:n] = last @ first
+    else:
+        layers[0].weight[:pairs] = torch.cat([first, -first])
+        layers[-1].weight[:n] = 0.0
+        layers[-1].weight[:n, :pairs] = torch.cat([last, -last], 1)
+    layers[-1].bias[:n] = bias

@@ -84,3 +84,11 @@ def row_mask(op: str, mask: Tensor | None, lead: torch.Size, device: torch.devic
             f"expected torch.bool {tuple(lead)} on {device} "
             f"(z without its last dimension; True takes part)"
         )
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """bool [N]: the rows of x [N, D] without NaN and infinity. A finite sum has finite terms only, so that the row by
+    row look, several times as long, is left to an x that needs it."""
+    if x.sum().isfinite():
+        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    return x.isfinite().all(-1)

@@ -63,7 +63,7 @@ def kmeans(x: Tensor, k: int, init: str | Tensor = "k-means++", iters: int = 20,
     if x.dim() != 2 or iters < 0:
         raise ValueError(f"{op}: x is {tuple(x.shape)} and iters={iters}; expected [N, D] and iters >= 0")
     x = x.detach()
-    finite = x.isfinite().all(-1)
+    finite = checks.finite_rows(x)
     rows = x if finite.all() else x[finite]
     if rows.shape[0] < k:
         raise ValueError(f"{op}: k={k} centroids need at least {k} finite rows, x has {rows.shape[0]} of {x.shape[0]}")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..data.catalogue import DataError, write_atomic
 from ..ops import codebook_usage
+from ..ops.checks import finite_rows
 from .collisions import COLLISIONS, add_digit, collision_report, place, reassign
 
 FORMAT = 1
 DECODED = 1 << 17  # codes decoded at a time where every item is tried with every code
-CHUNK = 1 << 11  # rows looked at in float64, or decoded, at a time: they stay in the cache
+CHUNK = 1 << 11  # rows summed, decoded or moved at a time: they stay in the cache
 CONFIG, TENSORS = "tokenizer.json", "tokenizer.safetensors"
 KINDS: dict[str, type[Tokenizer]] = {}
 
@@ -60,12 +61,13 @@ class Tokenizer:
 
     # What a tokenizer defines. z: the standardised embeddings, float32 [N, D].
 
-    def _fit(self, z: Tensor, progress) -> None:
-        """Make the codebooks; append to ``history`` and ``notes``."""
+    def _fit(self, z: Tensor, progress) -> Tensor:
+        """Make the codebooks, append to ``history`` and ``notes``; the codes of z, int64 [N, levels]. May overwrite z:
+        a copy of a million embeddings is gigabytes."""
         raise NotImplementedError
 
     def _codes(self, z: Tensor) -> Tensor:
-        """int64 [N, levels]."""
+        """Codes of new items, int64 [N, levels]."""
         raise NotImplementedError
 
     def _decode(self, codes: Tensor) -> Tensor | None:
@@ -99,18 +101,17 @@ class Tokenizer:
         if not len(x):
             raise DataError("embeddings have no rows. Give one row an item")
         start = time.perf_counter()
-        mean = sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)
-        scale = (sum((rows - mean).square().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
-        self._mean, self._scale = mean.float().cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
+        mean = (sum(rows.double().sum(0) for rows in x.split(CHUNK)) / len(x)).float()
+        # the square of a small or large float32 may leave its range
+        scale = (sum((rows - mean).double().square_().sum() for rows in x.split(CHUNK)) / x.numel()).sqrt()
+        self._mean, self._scale = mean.cpu(), torch.where(scale > 0, scale, 1.0).float().cpu()
         self._fingerprints = _fingerprints(x)
         self.history, self.notes = [], []
-        z = self._standardise(x)
-        self._fit(z, progress)
-        codes = self._codes(z).cpu().numpy()
+        codes = self._fit(self._standardise(x), progress).cpu().numpy()
         if self.collisions == "sinkhorn":
-            codes = reassign(codes, lambda rows: self._last_costs(z, codes, rows))
+            codes = reassign(codes, lambda rows: self._last_costs(x, codes, rows))
         self._ids = add_digit(codes) if self.collisions == "digit" else codes
-        self._report = self._make_report(z, codes, time.perf_counter() - start)
+        self._report = self._make_report(x, codes, time.perf_counter() - start)
         return self
 
     @property
@@ -142,12 +143,12 @@ class Tokenizer:
         ids = self._ids[fitted]
         new = np.flatnonzero(fitted < 0)
         if len(new):
-            z = self._standardise(rows[torch.from_numpy(new).to(rows.device)])
-            codes = self._codes(z).cpu().numpy()
+            fresh = rows[torch.from_numpy(new).to(rows.device)]
+            codes = self._codes(self._standardise(fresh)).cpu().numpy()
             if self.collisions == "digit":
                 codes = add_digit(np.concatenate([self._ids[:, : self.levels], codes]))[-len(new) :]
             elif self.collisions == "sinkhorn":
-                codes = place(codes, self._ids, lambda rows: self._last_costs(z, codes, rows))
+                codes = place(codes, self._ids, lambda rows: self._last_costs(fresh, codes, rows))
             ids[new] = codes
         return torch.from_numpy(ids).to(x.device) if isinstance(x, Tensor) else ids
 
@@ -229,26 +230,28 @@ class Tokenizer:
             )
 
     def _standardise(self, x: Tensor) -> Tensor:
-        return (x - self._mean.to(x.device)) / self._scale.to(x.device)
+        return (x - self._mean.to(x.device)).div_(self._scale.to(x.device))
 
-    def _last_costs(self, z: Tensor, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Squared error of z[rows] with each code of the last level in place of its own: [len(rows), K]."""
+    def _last_costs(self, x: Tensor, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Squared error of x[rows] standardised, with each code of the last level in place of its own:
+        [len(rows), K]."""
         k = self._level_sizes()[-1]
         if len(rows) * k > DECODED and len(rows) > 1:
             halves = np.array_split(rows, 2)
-            return np.concatenate([self._last_costs(z, codes, half) for half in halves])
+            return np.concatenate([self._last_costs(x, codes, half) for half in halves])
+        z = self._standardise(x[torch.from_numpy(rows).to(x.device)])
         every = torch.from_numpy(codes[rows]).to(z.device).repeat_interleave(k, 0)
         every[:, -1] = torch.arange(k, device=z.device).repeat(len(rows))
         decoded = self._decode(every)
         if decoded is None:  # every code is as good as another, so that an item's own is as good as any
             return 1.0 - np.eye(k)[codes[rows, -1]]
-        error = (decoded.view(len(rows), k, -1) - z[torch.from_numpy(rows).to(z.device)].unsqueeze(1)).square().sum(-1)
+        error = (decoded.view(len(rows), k, -1) - z.unsqueeze(1)).square().sum(-1)
         return error.nan_to_num(torch.inf).double().cpu().numpy()
 
-    def _make_report(self, z: Tensor, codes: np.ndarray, seconds: float) -> dict:
+    def _make_report(self, x: Tensor, codes: np.ndarray, seconds: float) -> dict:
         sizes, levels = self._level_sizes(), torch.from_numpy(codes)
         use = [codebook_usage(column, size) for column, size in zip(levels.T, sizes, strict=True)]
-        energy = self._energy(z, levels.to(z.device))
+        energy = self._energy(x, levels.to(x.device))
         collisions, notes = collision_report(codes), list(self.notes)
         for level, u in enumerate(use, 1):
             if (dead := int(u.dead.sum())) > 0:
@@ -266,15 +269,15 @@ class Tokenizer:
             "notes": notes,
         }
 
-    def _energy(self, z: Tensor, codes: Tensor) -> list[float] | None:
+    def _energy(self, x: Tensor, codes: Tensor) -> list[float] | None:
         left = [0.0] * self.levels
-        for rows, own in zip(z.split(CHUNK), codes.split(CHUNK), strict=True):
+        for rows, own in zip(map(self._standardise, x.split(CHUNK)), codes.split(CHUNK), strict=True):
             for level in range(self.levels):
                 decoded = self._decode(own[:, : level + 1])
                 if decoded is None:
                     return None
-                left[level] += float((rows - decoded).double().square().sum())
-        return [1 - error / z.numel() for error in left]
+                left[level] += float((rows - decoded).square_().sum())
+        return [1 - error / x.numel() for error in left]
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -325,7 +328,7 @@ def _safetensors():
 
 def _rows(name: str, x, features: int | None = None) -> Tensor:
     """Embeddings as a float32 tensor [N, D], checked."""
-    x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
+    x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements="CW"))
     if not x.is_floating_point() or x.dim() != 2 or x.shape[1] == 0:
         raise DataError(
             f"{name}: {x.dtype} of shape {list(x.shape)}; floats of shape [N, D] are needed, one row an item"
@@ -334,8 +337,7 @@ def _rows(name: str, x, features: int | None = None) -> Tensor:
         raise DataError(
             f"{name}: {x.shape[1]} features, but the tokenizer was fitted on {features}. Use the same embedding model"
         )
-    bad = (~x.isfinite().all(1)).nonzero().flatten()
-    if len(bad):
+    if len(bad := (~finite_rows(x)).nonzero().flatten()):
         raise DataError(
             f"{name}: row {int(bad[0])} holds NaN or infinity, and so do {len(bad) - 1} other rows. "
             "Embeddings must be finite"
@@ -345,10 +347,9 @@ def _rows(name: str, x, features: int | None = None) -> Tensor:
 
 def _fingerprints(x: Tensor) -> np.ndarray:
     """One int64 a row that tells rows apart, by their bits (-0 counts as 0)."""
-    rows = np.ascontiguousarray((x + 0.0).cpu().numpy())
-    return np.array(
-        [int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little", signed=True) for row in rows], np.int64
-    )
+    digest = lambda row: hashlib.blake2b(row, digest_size=8).digest()  # noqa: E731
+    rows = (row for part in x.split(CHUNK) for row in (part + 0.0).cpu().contiguous().numpy())
+    return np.frombuffer(b"".join(map(digest, rows)), "<i8").astype(np.int64)
 
 
 def _numbered(values: np.ndarray):

@@ -18,9 +18,9 @@ def add_digit(codes: np.ndarray) -> np.ndarray:
     section 3.1).
     """
     codes = np.asarray(codes, np.int64)
+    order, starts = _sorted(codes)
     digit = np.empty(len(codes), np.int64)
-    for rows in groups(codes):
-        digit[rows] = np.arange(len(rows))
+    digit[order] = np.arange(len(codes)) - np.repeat(starts, np.diff(starts, append=len(codes)))
     return np.concatenate([codes, digit[:, None]], axis=1)
 
 
@@ -28,7 +28,7 @@ def collision_report(codes: np.ndarray) -> dict:
     """Of codes [N, L]: ``unique_fraction`` (different codes / items), ``collision_rate`` (share of the items whose
     codes another item has too), ``largest_group`` (most items with the same codes) and ``group_sizes``, pairs [size,
     number of groups of that size]."""
-    sizes = np.array([len(rows) for rows in groups(codes)])
+    sizes = np.diff(_sorted(codes)[1], append=len(codes))
     return {
         "unique_fraction": float(len(sizes) / len(codes)),
         "collision_rate": float(sizes[sizes > 1].sum() / len(codes)),
@@ -96,9 +96,13 @@ def place(codes: np.ndarray, taken: np.ndarray, costs: Callable[[np.ndarray], np
 
 def groups(codes: np.ndarray) -> list[np.ndarray]:
     """Row numbers, ascending, of each different row of codes."""
+    order, starts = _sorted(codes)
+    return np.split(order, starts[1:]) if len(order) else []
+
+
+def _sorted(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers sorted by codes, equal rows in their order, and where in them each group of equal rows starts."""
     codes = np.asarray(codes)
-    if codes.shape[1] == 0 or not len(codes):
-        return [np.arange(len(codes))] if len(codes) else []
-    group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(group, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    order = np.lexsort(codes.T[::-1]) if codes.shape[1] else np.arange(len(codes))
+    different = (np.diff(codes[order], axis=0) != 0).any(1)
+    return order, np.flatnonzero(np.concatenate([np.ones(min(len(codes), 1), bool), different]))

@@ -15,19 +15,23 @@ from ..ops import codebook_usage
 from .base import Tokenizer
 from .tokenizers import distinct
 
-DEFAULT_EPOCHS, LEAST_STEPS = 80, 320
+DEFAULT_EPOCHS, LEAST_STEPS, WARMUP = 20, 320, 20
 SEED_ROWS = 1 << 16  # rows that seed the codebooks
 ENCODE_ROWS = 1 << 14  # rows encoded at a time
 
 
 class RQVAETokenizer(Tokenizer):
-    """Trains an ``RQVAE`` on the standardised embeddings with AdamW; the IDs are its residual codes.
+    """Trains an ``RQVAE`` on the standardised embeddings with AdamW and a cosine schedule; the IDs are its residual
+    codes.
 
-    ``quantizer``, ``estimator``, ``latent_dim``, ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 80, more
+    ``quantizer``, ``estimator``, ``latent_dim``, ``hidden``, ``beta``: as in ``RQVAE``. ``epochs`` (default 20, more
     where these are fewer than 320 steps), ``lr``, ``batch_size``: of the training; the loss of each epoch, and the
-    usage and perplexity of its codes (one number a level), are in ``history``. The codebooks of "residual" are seeded
-    by k-means++ on the encoded items, and codewords that a batch hardly uses move onto other items, so that they stay
-    in use; "simvq" moves all codewords at each step, and the grid of "fsq" does not need to move.
+    usage and perplexity of its codes (one number a level), are in ``history``.
+
+    The autoencoder starts as the PCA of the items (``RQVAE.init_pca_``), the codebooks of "residual" as the k-means of
+    what it encodes, so that training refines what k-means would find; codewords that batches hardly use move onto other
+    items, so that they stay in use. "simvq" moves all codewords at each step, and the grid of "fsq" does not need to
+    move. CPUs that multiply in bfloat16 do so in training; codes come from float32.
     """
 
     kind = "rqvae"
@@ -41,7 +45,7 @@ class RQVAETokenizer(Tokenizer):
         latent_dim: int | None = None,
         hidden: Sequence[int] = (256, 128),
         epochs: int | None = None,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         batch_size: int = 512,
         beta: float = 0.25,
         quantizer: str = "residual",
@@ -55,7 +59,7 @@ class RQVAETokenizer(Tokenizer):
         self.quantizer, self.estimator, self.latent_dim, self.hidden = quantizer, estimator, latent_dim, tuple(hidden)
         self.epochs, self.lr, self.batch_size, self.beta = epochs, lr, batch_size, beta
 
-    def _fit(self, z: Tensor, progress) -> None:
+    def _fit(self, z: Tensor, progress) -> Tensor:
         k = self.codebook_size
         if self.quantizer == "residual" and (k := distinct(z, k)) < self.codebook_size:
             self.notes.append(
@@ -68,6 +72,7 @@ class RQVAETokenizer(Tokenizer):
             self._model = self._make(z.shape[1], k, len(z)).to(z.device)
             self._train(z, progress)
         self._model.eval()
+        return self._codes(z)
 
     def _make(self, dim: int, codebook_size: int, rows: int) -> RQVAE:
         options = {}
@@ -87,20 +92,39 @@ class RQVAETokenizer(Tokenizer):
             **options,
         )
 
+    @torch.no_grad()
+    def _start(self, z: Tensor) -> None:
+        """The model as the PCA of z, its codebooks as the k-means of the latents."""
+        quantizer = self._model.init_pca_(z).quantizer
+        quantizer(self._model.encoder(z))
+        if self.quantizer == "residual":
+            # the running counts are those of all z: from there an unused codeword would take epochs to be found dead
+            share = min(1.0, self.batch_size / len(z))
+            for layer in quantizer.layers:
+                layer._codebook.cluster_size *= share
+                layer._codebook.embed_avg *= share
+
     def _train(self, z: Tensor, progress) -> None:
         model = self._model
         epochs = self.epochs or max(DEFAULT_EPOCHS, LEAST_STEPS // math.ceil(len(z) / self.batch_size))
-        optimizer = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=1e-4)
-        with torch.no_grad():
-            model.quantizer(model.encoder(z[torch.randperm(len(z))[:SEED_ROWS].to(z.device)]))
+        steps = epochs * math.ceil(len(z) / self.batch_size)
+        optimizer = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=1e-4, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        self._start(z[torch.randperm(len(z))[:SEED_ROWS].to(z.device)])
+        # half the time of the products; others emulate it, slowly
+        half = z.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         with progress_bar(progress, f"RQ-VAE ({self.estimator})", epochs) as advance:
             for epoch in range(1, epochs + 1):
                 indices, total = [], torch.zeros(3, device=z.device)
                 for rows in torch.randperm(len(z)).to(z.device).split(self.batch_size):
-                    out = model(z[rows])
+                    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                        out = model(z[rows])
                     optimizer.zero_grad()
                     out.loss.backward()
                     optimizer.step()
+                    schedule.step()
                     indices.append(out.indices)
                     losses = torch.stack([out.loss, out.reconstruction_loss, out.commitment_loss]).detach()
                     total += losses * (len(rows) / len(z))

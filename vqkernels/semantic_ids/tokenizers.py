@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data.progress import progress_bar
 from ..ops import codebook_usage, kmeans, nearest_codeword, residual_quantize
-from .base import DataError, Tokenizer, _fingerprints
+from .base import CHUNK, DataError, Tokenizer, _fingerprints
 
 SEED_ROWS = 64  # a codeword; more rows than these do not take part in k-means++
 
@@ -19,15 +19,13 @@ class RandomTokenizer(Tokenizer):
 
     kind = "random"
 
-    def _fit(self, z: Tensor, progress) -> None:
-        self._drawn = np.random.default_rng(self.seed).integers(self.codebook_size, size=(len(z), self.levels))
+    def _fit(self, z: Tensor, progress) -> Tensor:
+        draw = np.random.default_rng(self.seed)
+        return torch.from_numpy(draw.integers(self.codebook_size, size=(len(z), self.levels)))
 
     def _codes(self, z: Tensor) -> Tensor:
-        drawn, self._drawn = getattr(self, "_drawn", None), None
-        if drawn is None:  # after fit: new items
-            draws = (np.random.default_rng([self.seed, row % 2**64]) for row in _fingerprints(z).tolist())
-            drawn = np.array([draw.integers(self.codebook_size, size=self.levels) for draw in draws])
-        return torch.from_numpy(drawn)
+        draws = (np.random.default_rng([self.seed, row % 2**64]) for row in _fingerprints(z).tolist())
+        return torch.from_numpy(np.array([draw.integers(self.codebook_size, size=self.levels) for draw in draws]))
 
 
 class KMeansTokenizer(Tokenizer):
@@ -84,14 +82,17 @@ class ResidualKMeansTokenizer(KMeansTokenizer):
 
     kind = "residual-kmeans"
 
-    def _fit(self, z: Tensor, progress) -> None:
-        self._codebooks, residual = [], z
+    def _fit(self, z: Tensor, progress) -> Tensor:
+        self._codebooks, codes = [], []
         with progress_bar(progress, "residual k-means", self.levels) as advance:
             for level in range(self.levels):
-                km = self._cluster(residual, level)
-                residual = residual - km.centroids[km.indices]
+                km = self._cluster(z, level)
+                for rows, own in zip(z.split(CHUNK), km.indices.split(CHUNK), strict=True):
+                    rows -= km.centroids[own]
+                codes.append(km.indices)
                 self._record(level, float(km.inertia / z.numel()), km.indices, len(km.centroids))
                 advance()
+        return torch.stack(codes, 1)
 
     def _codes(self, z: Tensor) -> Tensor:
         return residual_quantize(z, [codebook.to(z.device) for codebook in self._codebooks]).indices
@@ -115,18 +116,20 @@ class ProductKMeansTokenizer(KMeansTokenizer):
     def _parts(self, z: Tensor) -> list[Tensor]:
         return [part.contiguous() for part in z.tensor_split(self.levels, 1)]
 
-    def _fit(self, z: Tensor, progress) -> None:
+    def _fit(self, z: Tensor, progress) -> Tensor:
         if z.shape[1] < self.levels:
             raise DataError(
                 f"embeddings: {z.shape[1]} features do not split into levels={self.levels}. Use fewer levels"
             )
-        self._codebooks, loss = [], float(z.double().square().mean())
+        self._codebooks, codes, loss = [], [], float(z.double().square().mean())
         with progress_bar(progress, "product k-means", self.levels) as advance:
             for level, part in enumerate(self._parts(z)):
                 km = self._cluster(part, level)
                 loss -= (float(part.double().square().sum()) - float(km.inertia)) / z.numel()
+                codes.append(km.indices)
                 self._record(level, loss, km.indices, len(km.centroids))
                 advance()
+        return torch.stack(codes, 1)
 
     def _codes(self, z: Tensor) -> Tensor:
         parts = zip(self._parts(z), self._codebooks, strict=True)
@@ -152,9 +155,9 @@ class HierarchicalKMeansTokenizer(KMeansTokenizer):
 
     kind = "hierarchical-kmeans"
 
-    def _fit(self, z: Tensor, progress) -> None:
+    def _fit(self, z: Tensor, progress) -> Tensor:
         # A level is a table of all its centroids; node i of the level above owns rows starts[i] to starts[i + 1].
-        self._codebooks, self._starts = [], []
+        self._codebooks, self._starts, levels = [], [], []
         nodes = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         with progress_bar(progress, "hierarchical k-means", self.levels) as advance:
             for level in range(self.levels):
@@ -171,11 +174,13 @@ class HierarchicalKMeansTokenizer(KMeansTokenizer):
                 self._starts.append(torch.tensor(starts))
                 codes = children - self._starts[-1].to(z.device)[nodes]
                 self._record(level, loss / z.numel(), codes, self._level_size(level))
+                levels.append(codes)
                 nodes = children
                 advance()
         sizes = self._level_sizes()
         if max(sizes) < self.codebook_size:
             self.notes.append(f"children a node at most, level by level: {sizes}; codebook_size allows more")
+        return torch.stack(levels, 1)
 
     def _branches(self, z: Tensor, level: int) -> int:
         different, left = distinct(z, len(z)), self.levels - level
@@ -184,8 +189,7 @@ class HierarchicalKMeansTokenizer(KMeansTokenizer):
             k += 1
         return min(k, self.codebook_size)
 
-    def _walk(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes [N, levels], node of the last level [N])."""
+    def _codes(self, z: Tensor) -> Tensor:
         codes = torch.empty(len(z), self.levels, dtype=torch.int64, device=z.device)
         nodes = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         for level, (centroids, starts) in enumerate(zip(self._codebooks, self._starts, strict=True)):
@@ -194,10 +198,7 @@ class HierarchicalKMeansTokenizer(KMeansTokenizer):
                 first, end = starts[nodes[rows[0]] :][:2].tolist()
                 codes[rows, level] = nearest_codeword(z[rows], centroids[first:end])[0]
             nodes = starts[nodes] + codes[:, level]
-        return codes, nodes
-
-    def _codes(self, z: Tensor) -> Tensor:
-        return self._walk(z)[0]
+        return codes
 
     def _decode(self, codes: Tensor) -> Tensor:
         nodes = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)

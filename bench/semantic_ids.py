@@ -1,6 +1,6 @@
 """All tokenizers on one catalogue: what their IDs are like, and what they took.
 
-python bench/tokenizers.py --data FOLDER [--methods rkmeans,fsq] [--json FILE]
+python bench/semantic_ids.py --data FOLDER [--methods rkmeans,fsq] [--json FILE]
 """
 
 from __future__ import annotations

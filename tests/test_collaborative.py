@@ -14,7 +14,7 @@ from vqkernels.models.resampler import CaptionDecoder, Resampler
 from vqkernels.recommend import CollaborativeEncoder, collaborative_embeddings
 from vqkernels.recommend.collaborative import PARTNERS, Pairs, info_nce
 
-SMALL = {"width": 16, "heads": 2, "depth": 1, "dropout": 0.0}
+SMALL = {"width": 32, "heads": 2, "depth": 1, "dropout": 0.0}
 FIT = {"epochs": 100, "batch_size": 16, "lr": 1e-2}
 ITEMS = 32
 
@@ -117,7 +117,7 @@ def test_padding_is_not_read(fitted):
     together = fitted._encode(texts)
     alone = np.concatenate([fitted._encode(some(texts, [row])) for row in range(ITEMS)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert together.dtype == np.float32 and together.shape == (ITEMS, 16)
+    assert together.dtype == np.float32 and together.shape == (ITEMS, 32)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_every_piece_and_every_query_counts():
 
 def test_captions_see_the_queries_and_what_came_before():
     torch.manual_seed(0)
-    decoder = CaptionDecoder(20, width=16, queries=4, longest=8, depth=1, heads=2, dropout=0.0)
+    decoder = CaptionDecoder(20, width=16, queries=4, longest=8, heads=2, dropout=0.0)
     queries, pieces = torch.randn(1, 4, 16), torch.tensor([[1, 7, 9, 4, 2]])
     mask = torch.ones(1, 5, dtype=torch.bool)
     logits, changed = decoder(queries, pieces, mask), pieces.clone()
@@ -213,7 +213,7 @@ def test_damaged_files(fitted, tmp_path):
 
 def test_bad_input():
     texts = texts_of()
-    with pytest.raises(ValueError, match=r"width 16, queries 4, depth 1, heads 3; .* multiple of heads"):
+    with pytest.raises(ValueError, match=r"width 32, queries 4, depth 1, heads 3; .* multiple of twice"):
         CollaborativeEncoder(**SMALL | {"heads": 3})
     with pytest.raises(ValueError, match=r"temperature 0; .*temperature > 0"):
         CollaborativeEncoder(temperature=0)

@@ -33,20 +33,22 @@ class Resampler(nn.Module):
 
 
 class CaptionDecoder(nn.Module):
-    """A causal transformer that has the queries' outputs before it and says each next word piece.
+    """A causal transformer of one block, half as wide as the queries, that has their outputs before it and says each
+    next word piece: a weak writer that has to listen.
 
     ``pieces``: size of the vocabulary, one embedding for input and output; ``longest``: most pieces of a text.
     """
 
-    def __init__(self, pieces: int, *, width: int, queries: int, longest: int, depth: int, heads: int, dropout: float):
+    def __init__(self, pieces: int, *, width: int, queries: int, longest: int, heads: int, dropout: float):
         super().__init__()
-        self.pieces = nn.Embedding(pieces, width)
-        self.places = nn.Embedding(queries + longest, width)
+        narrow = width // 2
+        self.pieces = nn.Embedding(pieces, narrow)
+        self.places = nn.Embedding(queries + longest, narrow)
         for table in (self.pieces, self.places):
-            nn.init.normal_(table.weight, std=width**-0.5)
-        self.prefix = nn.Linear(width, width)
-        self.blocks = _layers(nn.TransformerEncoderLayer, depth, width, heads, dropout)
-        self.norm = nn.LayerNorm(width)
+            nn.init.normal_(table.weight, std=narrow**-0.5)
+        self.prefix = nn.Linear(width, narrow)
+        self.blocks = _layers(nn.TransformerEncoderLayer, 1, narrow, heads, dropout)
+        self.norm = nn.LayerNorm(narrow)
 
     def forward(self, queries: Tensor, pieces: Tensor, mask: Tensor) -> Tensor:
         """Queries' outputs ``[B, Q, width]``, pieces ``[B, T]`` from the first mark on and which of them are real

@@ -35,7 +35,7 @@ class CollaborativeEncoder:
     Args:
         width: of the queries and of the embedding.
         queries: learned vectors that read a text.
-        depth, heads, dropout: of the resampler; the decoder of the captions has one block like its.
+        depth, heads, dropout: of the resampler; the captions' decoder has one block of half the width.
         temperature: of the contrastive loss.
         contrastive_weight, caption_weight: what each loss counts in the sum; 0 leaves it out.
         seed: fixes initial weights, batches and dropout. The same seed, machine, thread count and torch give the same
@@ -58,10 +58,10 @@ class CollaborativeEncoder:
         seed: int = 0,
     ):
         self._config = {name: value for name, value in locals().items() if name != "self"}
-        if min(width, queries, depth, heads) < 1 or width % heads:
+        if min(width, queries, depth, heads) < 1 or width % (2 * heads):
             raise ValueError(
                 f"width {width}, queries {queries}, depth {depth}, heads {heads}; 1 or more each, and width a multiple "
-                "of heads"
+                "of twice the heads"
             )
         if not 0 <= dropout < 1 or temperature <= 0:
             raise ValueError(f"dropout {dropout}, temperature {temperature}; 0 <= dropout < 1 and temperature > 0")
@@ -86,9 +86,9 @@ class CollaborativeEncoder:
         texts,
         sequences,
         *,
-        epochs: int = 20,
+        epochs: int | None = None,
         batch_size: int = 256,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         progress=None,
@@ -102,7 +102,8 @@ class CollaborativeEncoder:
         Args:
             texts: of items 1 to N.
             sequences: item ids, oldest first, of the training part only.
-            epochs: each takes every item once, with four drawn partners where it has any.
+            epochs: each takes every item once, with four drawn partners where it has any. By default 30, fewer for
+                more than 1,666 items (50,000 visits of items in all), 8 at the least.
             batch_size: items per step, their partners not counted.
             warmup: share of all steps in which the learning rate rises.
             progress: as in ``progress_bar``.
@@ -116,15 +117,16 @@ class CollaborativeEncoder:
         )
 
     def _fit(
-        self, texts: TokenStates, sequences, epochs=20, batch_size=256, lr=1e-3, weight_decay=0.01, warmup=0.1,
+        self, texts: TokenStates, sequences, epochs=None, batch_size=256, lr=3e-3, weight_decay=0.01, warmup=0.1,
         progress=None,
     ) -> CollaborativeEncoder:  # fmt: skip
+        items = len(texts.starts) - 1
+        epochs = max(8, min(30, 50_000 // items)) if epochs is None else epochs
         if epochs < 1 or batch_size < 2 or not 0 < warmup < 1:
             raise ValueError(
                 f"epochs {epochs}, batch_size {batch_size}, warmup {warmup}; at least 1, at least 2 (an item needs "
                 "others to be told from), between 0 and 1"
             )
-        items = len(texts.starts) - 1
         pairs = Pairs(sequences, items)
         vocabulary = np.unique(texts.pieces)
         with torch.random.fork_rng(devices=[]):
@@ -352,9 +354,11 @@ class Pairs:
 
     def related(self, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         """bool ``[len(firsts), len(seconds)]``: the same item, or a positive pair."""
-        keys = firsts[:, None] * self.items + seconds
+        a, row = np.unique(firsts, return_inverse=True)  # items are drawn more than once
+        b, column = np.unique(seconds, return_inverse=True)
+        keys = a[:, None] * self.items + b
         found = self.keys[np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)] == keys
-        return found | (firsts[:, None] == seconds)
+        return (found | (a[:, None] == b))[row][:, column]
 
 
 def info_nce(logits: Tensor, related: Tensor) -> Tensor:
@@ -375,7 +379,7 @@ class _Network(nn.Module):
         self.register_buffer("vocabulary", vocabulary)
         self.resampler = Resampler(features, depth=config["depth"], **sizes)
         self.head = nn.Linear(sizes["queries"] * sizes["width"], sizes["width"])
-        self.decoder = CaptionDecoder(len(vocabulary), longest=STATE_TOKENS, depth=1, **sizes)
+        self.decoder = CaptionDecoder(len(vocabulary), longest=STATE_TOKENS, **sizes)
 
     def embedding(self, queries: Tensor) -> Tensor:
         return nn.functional.normalize(self.head(queries.flatten(1)), dim=-1)

@@ -1,13 +1,13 @@
 """What item embeddings hold: the text alone, company and captions, each alone, and both.
 
-python bench/collaborative.py [--data DIR] [--seeds 1] [--epochs 30] [--cold] [--tiger] [--threads 1] [--json FILE]
+python bench/collaborative.py [--data DIR] [--kinds company,captions,both] [--seeds 1] [--epochs 30] [--cold] [--tiger] [--threads 1] [--json FILE]
 
 Without --data on MovieLens-100k. For each kind of embedding: HR@10 and NDCG@10 of the nearest items to the last one
 (leave one out, test users, full ranking); of the pairs that are near each other in the whole sequences and not in their
 training part, the share whose second item is among the first one's 10 nearest, its training partners left out; the
 share of word pieces that a decoder names, trained with the encoder or, where the caption loss is off, afterwards on its
 fixed outputs. --cold: the nearest items again, for items that neither texts nor sequences of the training have.
---tiger: TIGER on residual k-means IDs of the first and the last kind, with the demo's settings.
+--tiger: TIGER on residual k-means IDs of each, with the demo's settings. More than one seed: of the last kind alone.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vqkernels.recommend.compare import Settings
 from vqkernels.semantic_ids.methods import make_tokenizer
 
 KINDS = {
-    "company alone": {"caption_weight": 0.0},
-    "captions alone": {"contrastive_weight": 0.0},
-    "company and captions": {},
+    "company": {"caption_weight": 0.0},
+    "captions": {"contrastive_weight": 0.0},
+    "both": {},
 }
 SHOWN = ("Toy Story", "Star Wars", "Alien", "Fargo", "Cinderella")
 
@@ -76,7 +76,7 @@ def unseen(catalogue, epochs: dict, seed: int) -> dict:
     encoder = CollaborativeEncoder(seed=seed).fit(
         [texts[i - 1] for i in warm], [np.searchsorted(warm, s) + 1 for s in split.train], **epochs
     )
-    kinds = {"text": embed_texts(texts, "minilm")[0], "company and captions": encoder.encode(texts)}
+    kinds = {"text": embed_texts(texts, "minilm")[0], "both": encoder.encode(texts)}
     parts = {"in-set": split.in_set, "cold": split.cold}
     return {kind: {n: evaluate(ContentNeighbours(e), q) for n, q in parts.items()} for kind, e in kinds.items()}
 
@@ -98,6 +98,7 @@ def tiger(embeddings: np.ndarray, split, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--cold", action="store_true")
@@ -117,7 +118,8 @@ def main() -> None:
     records = []
     for seed in range(args.seeds):
         made = {"text": raw}
-        for kind, options in KINDS.items() if seed == 0 else [("company and captions", {})]:
+        for kind in args.kinds.split(",") if seed == 0 else ["both"]:
+            options = KINDS[kind]
             began = time.process_time()
             encoder = CollaborativeEncoder(**options, seed=seed).fit(catalogue.item_texts, split.train, **epochs)
             seconds = time.process_time() - began
@@ -138,12 +140,12 @@ def main() -> None:
         if args.cold:
             records.append({"kind": "cold", "seed": seed, **unseen(catalogue, epochs, seed)})
             print(json.dumps(records[-1]), flush=True)
-        for kind in ("text", "company and captions") if args.tiger else ():
+        for kind in made if args.tiger else ():
             records.append({"kind": f"TIGER on {kind}", "seed": seed, **tiger(made[kind], split, seed)})
             print(json.dumps(records[-1]), flush=True)
         for name in SHOWN if seed == 0 else ():
             item = next((i for i, title in enumerate(titles) if title.startswith(name)), None)
-            for kind in ("text", "company and captions") if item is not None else ():
+            for kind in made if item is not None else ():
                 near = ContentNeighbours(made[kind]).recommend_batch([np.array([item + 1])], 5)[0][0]
                 print(f"{titles[item]}, {kind}: " + "; ".join(titles[i - 1] for i in near), flush=True)
     if args.json:

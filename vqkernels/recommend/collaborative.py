@@ -51,7 +51,7 @@ class CollaborativeEncoder:
         queries: int = 4,
         depth: int = 2,
         heads: int = 4,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         temperature: float = 0.1,
         contrastive_weight: float = 1.0,
         caption_weight: float = 1.0,

@@ -1,6 +1,7 @@
 """What item embeddings hold: the text alone, company and captions, each alone, and both.
 
-python bench/collaborative.py [--data DIR] [--kinds company,captions,both] [--seeds 1] [--epochs 30] [--cold] [--tiger] [--threads 1] [--json FILE]
+python -m bench.collaborative [--data DIR] [--kinds company,captions,both] [--seeds 1] [--epochs 30] [--cold] [--tiger]
+    [--threads 1] [--json FILE]
 
 Without --data on MovieLens-100k. For each kind of embedding: HR@10 and NDCG@10 of the nearest items to the last one
 (leave one out, test users, full ranking); of the pairs that are near each other in the whole sequences and not in their

@@ -145,6 +145,8 @@ def test_captions_see_the_queries_and_what_came_before():
         other = queries.clone()
         other[0, query] += 1
         assert ((decoder(other, pieces, mask) - logits).abs().amax(1) > 1e-5).all()
+    swapped = pieces[:, [0, 2, 1, 3, 4]]
+    assert not torch.allclose(decoder(queries, swapped, mask)[3], logits[3], atol=1e-5)  # order counts
     mask[0, 3:] = False
     torch.testing.assert_close(decoder(queries, pieces, mask), logits[:2])
 
@@ -158,7 +160,6 @@ def test_company_and_content_are_both_learned(fitted):
     own, other = fitted._caption_accuracy(texts)
     alone = CollaborativeEncoder(**SMALL, contrastive_weight=0)._fit(texts, couples(), **FIT)
     silent = CollaborativeEncoder(**SMALL, caption_weight=0)._fit(texts, couples(), **FIT)
-    print(company, own, other, partner_found(alone._encode(texts)), silent._caption_accuracy(texts))
     assert company > 0.9 and partner_found(alone._encode(texts)) < 0.3 and partner_found(silent._encode(texts)) > 0.9
     assert own > 0.8 and own > other + 0.2 and silent._caption_accuracy(texts)[0] < 0.3
     # four items keep no company and have learned their captions all the same
@@ -166,6 +167,21 @@ def test_company_and_content_are_both_learned(fitted):
     last, first = fitted.history[-1], fitted.history[0]
     assert len(fitted.history) == 100 and last["epoch"] == 100
     assert last["contrastive_loss"] < first["contrastive_loss"] and last["caption_loss"] < 0.5 * first["caption_loss"]
+
+
+def test_pieces_that_the_catalogue_lacks_count_as_missed(fitted):
+    texts, every = texts_of(), np.arange(ITEMS)
+    strange = texts.pieces.copy()
+    strange[1::4], strange[2::4] = 9, 77  # within the vocabulary's range and beyond it
+    _, target = fitted._captions(texts._replace(pieces=strange), every, fitted._read(texts, every))
+    after = np.delete(strange, texts.starts[:-1])
+    assert np.array_equal(target == -100, np.isin(after, (9, 77)))
+    assert fitted._caption_accuracy(texts._replace(pieces=strange))[0] < 0.8 < fitted._caption_accuracy(texts)[0]
+
+
+def test_a_batch_without_pairs_teaches_nothing_and_does_no_harm():
+    encoder = CollaborativeEncoder(**SMALL, caption_weight=0)._fit(texts_of(), [[1, 2]], epochs=2, batch_size=2)
+    assert np.isfinite(encoder._encode(texts_of())).all() and encoder.history[0]["contrastive_loss"] >= 0
 
 
 def test_the_seed_decides_and_nothing_else():
@@ -179,6 +195,11 @@ def test_the_seed_decides_and_nothing_else():
     assert torch.equal(before, torch.get_rng_state())
     assert np.array_equal(one._encode(texts), same._encode(texts)), "the same seed gave another model"
     assert not np.allclose(one._encode(texts), other._encode(texts), atol=1e-3)
+    start, elsewhere = (
+        CollaborativeEncoder(**SMALL, seed=seed)._fit(texts, couples(), epochs=1, lr=0.0)._encode(texts)
+        for seed in (1, 2)
+    )
+    assert not np.allclose(start, elsewhere, atol=1e-3)  # initial weights too
 
 
 # ---------------------------------------------------------------- files and bad input

@@ -173,8 +173,8 @@ class CollaborativeEncoder:
         read = np.concatenate([anchors, np.setdiff1d(seconds, anchors)])  # each text is read once
         queries, place = self._read(texts, read), np.empty(len(texts.starts), dtype=np.int64)
         place[read] = np.arange(len(read))
-        contrastive = caption = queries.new_zeros(())
-        if self.weights[0] and len(firsts) > 1:
+        contrastive = caption = 0.0 * queries.sum()  # a batch may hold nothing to learn from
+        if self.weights[0] and len(firsts):
             unit = self.net.embedding(queries)
             logits = unit[place[firsts]] @ unit[place[seconds]].T / self.temperature
             contrastive = info_nce(logits, torch.from_numpy(pairs.related(firsts, seconds)).to(self.device))
@@ -191,7 +191,7 @@ class CollaborativeEncoder:
         read = torch.cat([self.net.resampler(*self._states(texts, rows[part])) for part in parts])
         return read[torch.from_numpy(np.argsort(np.concatenate(parts))).to(self.device)]
 
-    def _padded(self, texts: TokenStates, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _padded(self, texts: TokenStates, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of some texts: where in ``texts`` their pieces are, int64 ``[B, T]``, and which of them are real."""
         first, size = texts.starts[rows], texts.starts[rows + 1] - texts.starts[rows]
         columns = np.arange(size.max())
@@ -204,12 +204,14 @@ class CollaborativeEncoder:
         return states, torch.from_numpy(real).to(self.device)
 
     def _captions(self, texts: TokenStates, rows: np.ndarray, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of every piece of some texts after its first, and which piece it is."""
+        """Logits of every piece of some texts after its first, and which piece it is; −100 for one of a new text that
+        the vocabulary lacks, as cross_entropy knows it."""
         where, real = self._padded(texts, rows)
         vocabulary = self.net.vocabulary.cpu().numpy()
-        pieces = torch.from_numpy(np.searchsorted(vocabulary, texts.pieces[where]).clip(max=len(vocabulary) - 1))
-        pieces, mask = pieces.to(self.device), torch.from_numpy(real).to(self.device)
-        return self.net.decoder(queries, pieces, mask), pieces[:, 1:][mask[:, 1:]]
+        pieces = np.searchsorted(vocabulary, texts.pieces[where]).clip(max=len(vocabulary) - 1)
+        target = np.where(vocabulary[pieces] == texts.pieces[where], pieces, -100)
+        pieces, target, mask = (torch.from_numpy(array).to(self.device) for array in (pieces, target, real))
+        return self.net.decoder(queries, pieces, mask), target[:, 1:][mask[:, 1:]]
 
     def encode(self, texts, progress=None) -> np.ndarray:
         """Embeddings of texts, trained on or new: float32 ``[N, width]``, rows of unit length."""

@@ -6,8 +6,9 @@ python -m bench.collaborative [--data DIR] [--kinds company,captions,both] [--se
 Without --data on MovieLens-100k. For each kind of embedding: HR@10 and NDCG@10 of the nearest items to the last one
 (leave one out, test users, full ranking); of the pairs that are near each other in the whole sequences and not in their
 training part, the share whose second item is among the first one's 10 nearest, its training partners left out; the
-share of word pieces that a decoder names, trained once more on the encoder's fixed outputs so that kinds compare. --cold: the nearest items again, for items that neither texts nor sequences of the training have.
---tiger: TIGER on residual k-means IDs of each, with the demo's settings. More than one seed: of the last kind alone.
+share of word pieces that a new decoder names, trained on the encoder's fixed outputs so that kinds compare.
+--cold: the nearest items again, for items that neither texts nor sequences of the training have. --tiger: TIGER on
+residual k-means IDs of each, with the demo's settings. More than one seed: of the last kind alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from vqkernels.data import embed_texts, load_folder, movielens100k
-from vqkernels.data.text import token_states
+from vqkernels.data.text import STATE_TOKENS, token_states
 from vqkernels.info import machine
+from vqkernels.models.resampler import CaptionDecoder
 from vqkernels.recommend import TIGER, CollaborativeEncoder, ContentNeighbours, cold_split, evaluate, leave_one_out
 from vqkernels.recommend.baselines import top_k
 from vqkernels.recommend.collaborative import Pairs
@@ -52,10 +54,10 @@ def new_pairs_found(embeddings: np.ndarray, train: Pairs, whole: Pairs) -> float
 
 def probe(encoder: CollaborativeEncoder, texts, epochs: int, seed: int) -> tuple[float, float]:
     """Caption accuracy of a decoder that is trained on the encoder's outputs as they are."""
-    decoder, rng = encoder.net.decoder.train(), np.random.default_rng(seed)
-    for module in decoder.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    sizes = {name: encoder._config[name] for name in ("width", "queries", "heads", "dropout")}
+    torch.manual_seed(seed)
+    decoder = CaptionDecoder(len(encoder.net.vocabulary), longest=STATE_TOKENS, **sizes)
+    encoder.net.decoder, rng = decoder, np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     items = len(texts.starts) - 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * -(-items // 64), pct_start=0.1)

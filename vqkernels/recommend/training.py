@@ -133,9 +133,7 @@ class Trainer:
         groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix]} for matrix in (True, False)]
         groups[1]["weight_decay"] = 0.0
         optimizer = torch.optim.AdamW(groups, lr=s["lr"], weight_decay=s["weight_decay"], fused=True)
-        torch.manual_seed(
-            model.seed + 1_000_003 * accelerator.process_index
-        )  # dropout; the initial weights come from the first process
+        torch.manual_seed(model.seed + 1_000_003 * accelerator.process_index)  # dropout's; weights are the first's
         wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         model.history = []
         try:

@@ -19,7 +19,7 @@ def cold_start(
     share: Annotated[float, typer.Option(help="Of the test users' last items that training must not see.")] = 0.05,
     levels: Annotated[int, typer.Option(min=1, help="Codes in a semantic ID.")] = 3,
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes to choose from at each level.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER and of LIGER over the training items.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER and of LIGER over the training items.")] = 6,
     beams: Annotated[int, typer.Option(min=10, help="Beams in the evaluation.")] = 50,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,

@@ -36,7 +36,7 @@ def compare(
     ] = "random,rkmeans,rqvae-ste,rqvae-rotation",
     levels: Annotated[int, typer.Option(min=1, help="Codes in a semantic ID.")] = 3,
     codebook_size: Annotated[int, typer.Option(min=2, help="Codes to choose from at each level.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER over the training items.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of TIGER over the training items.")] = 6,
     beams: Annotated[int, typer.Option(min=10, help="Beams in the evaluation.")] = 50,
     test_users: Annotated[
         int, typer.Option(min=0, help="So many of the test users are drawn to be evaluated on; 0: all.")

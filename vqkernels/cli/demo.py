@@ -16,7 +16,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of codes, weights and batches.")] = 0,
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes of TIGER over the training items; fewer is a quick look.")
-    ] = 10,
+    ] = 6,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished rows of the same run in --out.")] = False,
 ) -> None:

@@ -45,11 +45,11 @@ class Settings:
     seed: int = 0
     levels: int = 3
     codebook_size: int = 256
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 32
     lr: float = 3e-3
     d_model: int = 64
-    d_ff: int = 128
+    d_ff: int = 1024  # where the model keeps which codes make an item
     heads: int = 2
     layers: int = 2
     dropout: float = 0.0
@@ -134,7 +134,7 @@ class Comparison:
             ("markov", None): lambda: Markov(items).fit(train),
             ("content", None): lambda: ContentNeighbours(self.catalogue.embeddings),
             ("sasrec", seed): lambda: SASRec(items, seed=seed).fit(
-                train, epochs=3 * self.settings.epochs, validation=self.split.validation, progress=progress
+                train, validation=self.split.validation, progress=progress
             ),
         }
         for (name, its_seed), make in made.items():

@@ -50,7 +50,7 @@ class TIGER(nn.Module):
         codebook_sizes=None,
         *,
         d_model: int = 64,
-        d_ff: int = 256,
+        d_ff: int = 1024,
         heads: int = 4,
         layers: int = 2,
         dropout: float = 0.1,

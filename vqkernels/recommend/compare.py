@@ -178,7 +178,6 @@ class Comparison:
         )
         seconds = sum(record["seconds"] for record in model.history)
         model.save(folder / "model")
-        shutil.rmtree(folder / "training")
 
         test = self.split.test
         top, _ = model.recommend_batch(
@@ -214,7 +213,9 @@ class Comparison:
                 np.unique(tokenizer.semantic_ids[:, :-1], axis=0, return_counts=True)[1]
             ).tolist(),
         }
-        return self._add(method, seed, top, extra, "tiger", start)
+        row = self._add(method, seed, top, extra, "tiger", start)
+        shutil.rmtree(folder / "training")  # not before: a run killed in its evaluation need not train again
+        return row
 
     def _add(self, method: str, seed: int | None, top: np.ndarray, extra: dict, kind: str, began: float) -> dict:
         row = {"method": method, "seed": seed, "kind": kind, **metrics(top, self.split.test.targets), **extra}

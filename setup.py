@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 INFO = ROOT / "vqkernels" / "_build_info.json"
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 
-CXX_FLAGS = "-O3 -std=c++20 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra".split()
 # Vectors wider than a level's registers never cross files; GCC 12 and 13 misjudge their own AVX-512 headers.
 CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, Python 3.10

@@ -1,5 +1,6 @@
 """What only nearest_codeword owes: the same answer however it is asked for, and plain errors."""
 
+import threading
 from fractions import Fraction
 
 import pytest
@@ -259,6 +260,60 @@ def test_non_finite_rows_and_codewords():
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def rows_and_nearest(codebook, seed, metric="l2"):
+    """What the kernels say of a few rows, beside the reference; few enough for codebooks to be kept packed."""
+    z = draw("gaussian", 40, codebook.shape[1], seed=seed)
+    code = {"l2": 0, "cosine": 1, "dot": 2}[metric]
+    return vq.nearest_codeword(z, codebook, metric=metric)[0], reference(z[None], codebook[None], None, code, True)[0][0]
+
+
+@needs_kernel
+@pytest.mark.parametrize("K, D", [(64, 5), (300, 32), (3, 7)])
+def test_a_codebook_written_in_place_is_seen(K, D):
+    c = draw("gaussian", K, D)
+    for step in range(24):
+        for repeat in range(3):  # the second call keeps it packed, the third finds it
+            found, nearest = rows_and_nearest(c, step)
+            assert torch.equal(found, nearest), (step, repeat)
+        at = (step * 7919) % (K * D) if step % 2 else K * D - 1  # first, last and other bytes, behind PyTorch's back
+        c.detach().numpy().reshape(-1)[at] += 3.0
+
+
+@needs_kernel
+def test_kept_codebooks_are_told_apart():
+    """The same bytes under other metrics, shapes and precisions, and more codebooks than are kept."""
+    c = draw("gaussian", 96, 8)
+    books = [c, c.reshape(48, 16), c.reshape(192, 4), *(draw("gaussian", 96, 8, seed=i) for i in range(1, 7))]
+    for _ in range(4):
+        for i, book in enumerate(books):
+            for metric in ("l2", "dot", "cosine"):
+                found, nearest = rows_and_nearest(book, i, metric)
+                assert torch.equal(found, nearest), (i, metric)
+    z = draw("gaussian", 40, 8)
+    ordinary, double = vq.nearest_codeword(z, c), vq.nearest_codeword(z.double(), c.double())
+    assert torch.equal(ordinary[0], double[0]) and double[1].dtype == torch.float64
+
+
+@needs_kernel
+def test_threads_with_codebooks_of_their_own():
+    books = [draw("gaussian", 128, 16, seed=i) for i in range(8)]
+    wrong = []
+
+    def work(first):
+        for step in range(60):
+            i = (first + step // 3) % len(books)
+            found, nearest = rows_and_nearest(books[i], step)
+            if not torch.equal(found, nearest):
+                wrong.append((first, step))
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @needs_kernel

@@ -37,10 +37,10 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
-// The same for bytes, where a lane is twice as many panels' codewords. Measured at every SIMD level.
+// The same for bytes. Measured at every SIMD level.
 int choose_byte_group(int64_t K, int64_t D) {
-  int group = 1;
-  while (group < 8 && 64 * group * group * D <= K) group *= 2;
+  int group = 2;
+  while (group < 16 && 16 * group * group * D <= K) group *= 2;
   return group;
 }
 
@@ -55,7 +55,8 @@ bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DTy
 #ifdef VQK_TEST_BYTES  // wherever they can be used
   return true;
 #endif
-  return D >= 8 && K >= 512 && K * D >= format.pays_KD && rows >= 1024;
+  const int64_t pays_KD = D < 16 ? std::max<int64_t>(format.pays_KD, 16384) : format.pays_KD;
+  return D >= 8 && K >= format.pays_K && K * D >= pays_KD && rows >= 1024;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -212,6 +213,8 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     float* mean = static_cast<float*>(allocate(cb.D * sizeof(float)));
     for (int64_t d = 0; d < cb.D; ++d) mean[d] = static_cast<float>(means[i * cb.D + d] / static_cast<double>(cb.K));
     cb.mean = mean;
+    for (int64_t d = 0; d < cb.D; ++d) cb.mean_norm += static_cast<double>(mean[d]) * mean[d];
+    cb.mean_norm = std::sqrt(cb.mean_norm);
     const int64_t panels = ceil_div(cb.K, width), step = kPanelCodewords / width;
     for (int64_t first = 0; first < panels; first += step)
       tasks.push_back({&cb, first, std::min(first + step, panels)});
@@ -231,7 +234,7 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     // sums in 16 bits leave a chunk's length to be shared between row and codeword
     const double length = format.features == 2 ? most.chunk / kByteLength : 0.0;
     cb.byte_unit = static_cast<float>(std::max(most.peak / format.largest, length) * (1 + 0x1p-20));
-    if (!(cb.byte_unit > 0x1p-60 && cb.byte_unit < 0x1p60)) continue;  // all equal, or far out
+    if (!(cb.byte_unit > 0x1p-50 && cb.byte_unit < 0x1p50)) continue;  // all equal, or far out
     cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / format.half_norm : 0.0;
     cb.byte_group = choose_byte_group(cb.K, cb.D);
     const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, format.chunk);
@@ -348,7 +351,8 @@ void nearest_codeword(const NearestCodewordParams& p, const Parallel& caller) {
   std::vector<PackedCodebooks::Source> sources;
   for (int64_t h = 0; h < p.H; ++h)
     sources.push_back({static_cast<const char*>(p.codebook) + h * p.K * p.D * dtype_size(p.dtype), p.K});
-  const PackedCodebooks codebooks(kernel, sources, p.D, p.dtype, p.metric, p.certified, p.N, parallel);
+  const auto packed = packed_codebooks(kernel, sources, p.D, p.dtype, p.metric, p.certified, p.N, parallel);
+  const PackedCodebooks& codebooks = *packed;
 
   const int64_t block = rows_per_task(p.H * p.N), blocks = ceil_div(p.N, block);
   const size_t search_bytes = (kernel.scratch_bytes(static_cast<int>(block), p.D) + 63) / 64 * 64;

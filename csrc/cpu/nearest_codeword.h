@@ -41,10 +41,11 @@ struct Codebook {
   double scale, norm;       // a power of two; the largest |scale * row|
   double integer_error;     // the largest |scale * row - code_scale * integers|
   double byte_unit, half_norm_unit;
+  double mean_norm;
   double byte_row, byte_error;  // the largest |row - mean|, and |row - mean - byte_unit * bytes|
   double byte_length;           // the largest length of a chunk's bytes
   int byte_shift;               // bits that sums of products are shifted by
-  int byte_group;               // panels of bytes whose scores are folded into one vector
+  int byte_group;               // vectors of scores of bytes folded into one
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
 };
@@ -54,12 +55,12 @@ struct ByteLengths {
 };
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
-// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from so many K D on, measured.
+// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from so many K and K D on, measured.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
   double half_norm;
-  int64_t pays_KD;
+  int64_t pays_K, pays_KD;
 };
 
 // One SIMD level's functions; see nearest_codeword_kernel.h.
@@ -205,6 +206,11 @@ class PackedCodebooks {
   void allocate_panels(Codebook& cb);
   void make_bytes(const std::vector<char>& wanted, const std::vector<double>& means, const Parallel&);
 };
+
+// The same, from a cache where a small codebook comes again and again: see nearest_codeword_cache.cpp.
+std::shared_ptr<const PackedCodebooks> packed_codebooks(const SearchKernel&,
+                                                        const std::vector<PackedCodebooks::Source>&, int64_t D, DType,
+                                                        Metric, bool certified, int64_t rows, const Parallel&);
 
 // What the passes after bytes need, made by the first thread to ask: ordinary data never does.
 void make_panels(const Codebook& cb);

@@ -34,7 +34,8 @@
 #define VQK_SUBS(a, b) ((Ticks)_mm256_subs_epi16((__m256i)(a), (__m256i)(b)))
 #define VQK_MIN_TICKS(a, b) ((Ticks)_mm256_min_epi16((__m256i)(a), (__m256i)(b)))
 #define VQK_LOWEST_TICKS(x) lowest16((__m256i)(x))
-#define VQK_NONZERO_TICKS(x) nonzero16((__m256i)((x) != 0))
+#define VQK_WITHIN(x, limit) nonzero16((__m256i)((x) <= (limit)))
+#define VQK_LOAD_FIRST(p, n) load_first(p, n)
 
 namespace vqk::cpu {
 namespace {
@@ -47,6 +48,10 @@ inline int16_t lowest16(__m256i x) {
   const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
   const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   return static_cast<int16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, flip))) ^ 0x8000);
+}
+inline __m256 load_first(const float* p, int n) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
 }
 inline unsigned nonzero16(__m256i x) {
   return static_cast<unsigned>(

@@ -60,12 +60,14 @@
 #define VQK_STORE_BYTES(p, x) store_low_bytes(p, x)
 #define VQK_MIN_TICKS(a, b) ((a) < (b) ? (a) : (b))
 #define VQK_LOWEST_TICKS(x) lowest_lane(x)
-#define VQK_NONZERO_TICKS(x) nonzero(x)
+#define VQK_WITHIN(x, limit) nonzero((x) <= (limit))
+#define VQK_LOAD_FIRST(p, n) load_first(p, n)
 #else
 #define VQK_STORE_BYTES(p, x) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
 #define VQK_MIN_TICKS(a, b) ((Ticks)_mm512_min_epi32((__m512i)(a), (__m512i)(b)))
 #define VQK_LOWEST_TICKS(x) _mm512_reduce_min_epi32((__m512i)(x))
-#define VQK_NONZERO_TICKS(x) static_cast<unsigned>(_mm512_test_epi32_mask((__m512i)(x), (__m512i)(x)))
+#define VQK_WITHIN(x, limit) static_cast<unsigned>(_mm512_cmple_epi32_mask((__m512i)(x), (__m512i)(limit)))
+#define VQK_LOAD_FIRST(p, n) _mm512_maskz_loadu_ps((1u << (n)) - 1, p)
 #endif
 #endif
 
@@ -91,6 +93,11 @@ template <class Bits>
 inline Bits dot_bytes(const Bits& x, const Bits& c, Bits sum) {
   for (int f = 0; f < 4; ++f) sum += (Bits)((SignedVec)(x >> 8 * f & 255) * ((SignedVec)(c << (24 - 8 * f)) >> 24));
   return sum;
+}
+inline __m512 load_first(const float* p, int n) {
+  __m512 x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
 }
 template <class Bits>
 inline void store_low_bytes(uint8_t* p, const Bits& x) {

@@ -1,36 +1,102 @@
 // Rows and codewords as bytes. Part of nearest_codeword_bytes.h.
 
-// kLanes features of x from d on, moved by the mean (x itself, where mean is null), then zeros.
-VQK_INLINE Vec centred(const float* x, const float* mean, int64_t d, int64_t D) {
-  if (d + kLanes <= D) return mean ? load(x + d) - load(mean + d) : load(x + d);
-  Vec y = {};
-  for (int j = 0; j < D - d; ++j) y[j] = mean ? x[d + j] - mean[d + j] : x[d + j];
-  return y;
+// kLanes features of x from d on, then zeros.
+VQK_INLINE Vec features(const float* x, int64_t d, int64_t D) {
+  return d + kLanes <= D ? load(x + d) : VQK_LOAD_FIRST(x + d, static_cast<int>(D - d));
 }
 
-// Lengths of a row or codeword moved by the mean. fp32 sums of squares are off by 2^-17.
-struct Centred {
-  double peak, chunk, squares;  // largest magnitude; square of the longest chunk; of the whole
+// The same moved by the mean, or as they are.
+template <bool Move>
+VQK_INLINE Vec centred(const float* x, const float* mean, int64_t d, int64_t D) {
+  return Move ? features(x, d, D) - features(mean, d, D) : features(x, d, D);
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+VQK_INLINE Eight half_of(Vec x, bool upper) {
+#if VQK_LANES == 16
+  return upper ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
+               : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return upper ? Eight{} : x;
+#endif
+}
+
+// Of four vectors, each one's lanes folded into one.
+template <class Fold>
+VQK_INLINE Four fold_lanes(const Vec* x, const Fold& fold) {
+  Eight e[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) e[r] = kLanes == 16 ? fold(half_of(x[r], false), half_of(x[r], true)) : half_of(x[r], false);
+  const Eight a = fold(__builtin_shufflevector(e[0], e[1], 0, 8, 2, 10, 4, 12, 6, 14),
+                       __builtin_shufflevector(e[0], e[1], 1, 9, 3, 11, 5, 13, 7, 15));
+  const Eight b = fold(__builtin_shufflevector(e[2], e[3], 0, 8, 2, 10, 4, 12, 6, 14),
+                       __builtin_shufflevector(e[2], e[3], 1, 9, 3, 11, 5, 13, 7, 15));
+  const Eight c = fold(__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+                       __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
+  return fold(__builtin_shufflevector(c, c, 0, 1, 2, 3), __builtin_shufflevector(c, c, 4, 5, 6, 7));
+}
+VQK_INLINE Four sums_of_lanes(const Vec* x) {
+  return fold_lanes(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+VQK_INLINE Four lowest_of_lanes(const Vec* x) {
+  return fold_lanes(x, [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; });
+}
+VQK_INLINE float sum_of_lanes(Vec x) {
+  const Vec one[4] = {x, x, x, x};
+  return sums_of_lanes(one)[0];
+}
+
+// Of four rows or codewords: squared lengths after centring, as a whole and of the longest chunk; the largest
+// magnitude; before centring the squared length and the product with the mean. fp32 sums of D / kLanes or less and a few
+// more terms: off by 2^-17.
+struct FourRows {
+  Four squares, chunk, peak, norm, along;
 };
 
-VQK_INLINE Centred measure(const float* x, const float* mean, int64_t D) {
-  Centred most{};
-  Vec least = {};  // of -|x|
+template <bool Move>
+VQK_INLINE FourRows measure(const float* const* x, const float* mean, int64_t D) {
+  FourRows sums{};
+  Vec least[4] = {};  // of -|y|
   for (int64_t first = 0; first < D; first += kChunkFeatures) {
     const int64_t last = first + kChunkFeatures < D ? first + kChunkFeatures : D;
-    Vec sum = {};
+    Vec squares[4] = {}, norm[4] = {}, along[4] = {};
     for (int64_t d = first; d < last; d += kLanes) {
-      const Vec y = centred(x, mean, d, D);
-      sum = VQK_FMA(y, y, sum);
-      least = VQK_MIN(least, VQK_MIN(y, -y));
+      const Vec m = features(mean, d, D);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const Vec v = features(x[r], d, D), y = Move ? v - m : v;
+        squares[r] = VQK_FMA(y, y, squares[r]);
+        norm[r] = VQK_FMA(v, v, norm[r]);
+        along[r] = VQK_FMA(v, m, along[r]);
+        least[r] = VQK_MIN(least[r], (Vec)((IntVec)y | 0x80000000u));
+      }
     }
-    const double total = sum_of_lanes(sum);
-    most.chunk = total > most.chunk ? total : most.chunk;
-    most.squares += total;
+    const Four chunk = sums_of_lanes(squares);
+    sums.chunk = sums.chunk < chunk ? chunk : sums.chunk;
+    sums.squares += chunk;
+    sums.norm += sums_of_lanes(norm);
+    sums.along += sums_of_lanes(along);
   }
-  most.peak = -static_cast<double>(lowest(least));
-  return most;
+  sums.peak = -lowest_of_lanes(least);
+  return sums;
 }
+
+// The rows of a task: place j of its tiles holds row order[j]. The rest is by place.
+constexpr int kPlaces = kMaxRows + 4;
+struct ByteRows {
+  int count, order[kPlaces];
+  float norm[kPlaces], length[kPlaces], along[kPlaces];  // |z| and |z - mean|, or 2^-16 more; z.mean
+  float unit[kPlaces], lost[kPlaces];                    // a (0: bytes cannot hold the row); |e|^2
+  float slack[kPlaces];                                  // 2 eps of fp32 scores
+  double shift[kPlaces], ticks[kPlaces], eps[kPlaces];   // (fp32 score + shift) * ticks is within eps of a score
+  // In the coarse pass, in ticks: units of the row's scores.
+  int best[kPlaces];         // lowest score seen
+  int limit[kPlaces];        // nothing above can win; kNoTicks: the row is for the next pass
+  int window[kPlaces];       // 2 eps
+  uint32_t lowest[kPlaces];  // the lane of the best
+  float tile_ticks[kMaxRows / kTileRows + 1];  // quads: of each tile
+};
 
 // kLanes values from x as multiples of a unit: returns the multiples as floats, x = what they lack.
 VQK_INLINE Vec to_multiples(Vec& x, float unit, float inverse) {
@@ -47,95 +113,123 @@ VQK_INLINE void store_bytes(uint8_t* to, Vec n, float offset) {
 
 // What a row's unit is no less than: so much for its longest chunk's length; that for the half norms to fit.
 struct ByteLimits {
-  double per_length, half_norms;
+  float per_length, half_norms;
 };
 
 static ByteLimits byte_limits(const Codebook& cb, double tick) {
   // rounding makes a chunk longer by sqrt(features) / 2 units at most
   const int64_t features = cb.D < kChunkFeatures ? cb.D : kChunkFeatures;
   const double left = kChunkSum / cb.byte_length - 0.5001 * __builtin_sqrt(static_cast<double>(features));
-  return {kStepFeatures == 4 ? 0.0 : 1 / left, cb.half_norm_unit * (1 + 0x1p-14) / tick};
+  return {kStepFeatures == 4 ? 0.0f : static_cast<float>(1 / left),
+          static_cast<float>(cb.half_norm_unit * (1 + 0x1p-14) / tick)};
 }
 
-// The unit that suits row.z, whose norm is known; fills the row's length. 0 where bytes cannot hold it.
-VQK_INLINE float row_unit(const Codebook& cb, const ByteLimits& limits, ByteRow& row) {
-  const Centred most = measure(row.z, cb.l2 ? cb.mean : nullptr, cb.D);
-  row.length = __builtin_sqrt(most.squares) * (1 + 0x1p-17);
-  double unit = __builtin_sqrt(most.chunk) * (1 + 0x1p-17) * limits.per_length;
-  unit = most.peak * (1 / 126.99) > unit ? most.peak * (1 / 126.99) : unit;
-  unit = limits.half_norms > unit ? limits.half_norms : unit;
-  return unit > 0x1p-60 && unit < 0x1p60 ? static_cast<float>(unit * (1 + 0x1p-20)) : 0.0f;
-}
-
-// order[0..count) sorted by the rows' units, largest first, to one part in eight and 2^-16 of the largest.
-static void order_by_unit(const ByteRow* rows, int* order, int count) {
-  constexpr int kSteps = 8 * 16;
-  auto exponent = [&](int row) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &rows[row].unit, sizeof bits);
-    return static_cast<int>(bits >> 20);
-  };
-  int most = 0, first[kSteps] = {}, from[kMaxRows];
-  for (int j = 0; j < count; ++j) {
-    from[j] = order[j];
-    const int e = exponent(from[j]);
-    most = e > most ? e : most;
+// Lengths and units of rows z[0..n). A row that is not finite has unit 0, and a norm that is no number below 2^40.
+template <bool L2>
+static void measure_rows(const Codebook& cb, const float* z, int n, const ByteLimits& limits, ByteRows& b) {
+  float peak[kPlaces], chunk[kPlaces];
+  auto store = [](float* to, Four x) __attribute__((always_inline)) { __builtin_memcpy(to, &x, sizeof x); };
+  for (int i = 0; i < n; i += 4) {
+    const float* x[4];
+    for (int r = 0; r < 4; ++r) x[r] = z + (i + r < n ? i + r : n - 1) * cb.D;
+    const FourRows four = measure<L2>(x, cb.mean, cb.D);
+    store(b.length + i, four.squares), store(b.norm + i, L2 ? four.norm : four.squares), store(b.along + i, four.along);
+    store(peak + i, four.peak), store(chunk + i, four.chunk);
   }
-  auto step = [&](int row) {
-    const int below = most - exponent(row);
-    return below < kSteps ? below : kSteps - 1;
-  };
-  for (int j = 0; j < count; ++j) ++first[step(from[j])];
+  for (int i = 0; i < n; ++i) {
+    b.length[i] = __builtin_sqrtf(b.length[i]) * (1 + 0x1p-17f);
+    b.norm[i] = __builtin_sqrtf(b.norm[i]) * (1 + 0x1p-17f);
+    float unit = peak[i] * (1 / 126.99f);
+    const float for_chunk = __builtin_sqrtf(chunk[i]) * limits.per_length;
+    unit = unit < for_chunk ? for_chunk : unit;
+    unit = (unit < limits.half_norms ? limits.half_norms : unit) * (1 + 0x1p-16f);
+    b.unit[i] = (unit > 0x1p-50f) & (unit < 0x1p50f) & (b.norm[i] < 0x1p40f) ? unit : 0.0f;
+  }
+}
+
+// Places sorted by the rows' units, largest first, to one part in eight and 2^-16 of the largest.
+static void order_by_unit(ByteRows& b) {
+  constexpr int kSteps = 8 * 16;
+  int first[kSteps] = {}, step[kMaxRows], most = 0;
+  for (int j = 0; j < b.count; ++j) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &b.unit[j], sizeof bits);
+    step[j] = static_cast<int>(bits >> 20);
+    most = step[j] > most ? step[j] : most;
+  }
+  for (int j = 0; j < b.count; ++j) {
+    step[j] = most - step[j] < kSteps ? most - step[j] : kSteps - 1;
+    ++first[step[j]];
+  }
   for (int s = 0, sum = 0; s < kSteps; ++s) {
     const int here = first[s];
     first[s] = sum, sum += here;
   }
-  for (int j = 0; j < count; ++j) order[first[step(from[j])]++] = from[j];
+  for (int j = 0; j < b.count; ++j) step[j] = first[step[j]]++;  // the place it goes to
+  auto move = [&](auto* x) {
+    __typeof__(*x + 0) from[kMaxRows];
+    __builtin_memcpy(from, x, b.count * sizeof *x);
+    for (int j = 0; j < b.count; ++j) x[step[j]] = from[j];
+  };
+  move(b.order), move(b.norm), move(b.length), move(b.along), move(b.unit);
 }
 
-// Of the tile that begins there.
-static float largest_unit(const ByteRow* rows, const int* order, int left) {
-  float largest = 0;
-  for (int j = 0; j < left && j < kTileRows; ++j)
-    largest = rows[order[j]].unit > largest ? rows[order[j]].unit : largest;
-  return largest;
-}
-
-// Place i of the tiles from a row with its unit. `scratch`: room for D + kLanes bytes. No less than
-// |row - unit * bytes|.
-VQK_INLINE double row_to_bytes(const Codebook& cb, const ByteRow& row, uint8_t* scratch, uint8_t* tiles, int i) {
+// Rows of z with their units to their places in the tiles; fills lost. In quads all rows of a tile get the unit of the
+// largest. `scratch`: room for D + kLanes bytes.
+template <bool L2>
+static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, uint8_t* tiles, ByteRows& b) {
+  static_assert(kStepFeatures == 2 || kTileRows % 4 == 0);
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
   const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
-  const float* mean = cb.l2 ? cb.mean : nullptr;
-  const float inverse = 1 / row.unit;
-  Vec lost = {};
-  for (int64_t d = 0; d < D; d += kLanes) {
-    Vec x = centred(row.z, mean, d, D);
-    const Vec n = to_multiples(x, row.unit, inverse);
-    lost = VQK_FMA(x, x, lost);
-    store_bytes(scratch + d, n, 128);
+  const int count = b.count;
+  float unit = 0;
+  for (int j = 0; j < count; j += 4) {
+    Vec lost[4] = {};
+    if (kStepFeatures == 4 && j % kTileRows == 0) {
+      unit = 0;
+      for (int p = j; p < j + kTileRows && p < count; ++p) unit = b.unit[p] > unit ? b.unit[p] : unit;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const int place = j + r < count ? j + r : count - 1;
+      const float* row = z + b.order[place] * D;
+      const float a = kStepFeatures == 4 ? unit : b.unit[place], inverse = 1 / a;
+      b.unit[place] = a;
+      uint8_t* bytes = kStepFeatures == 4 ? tiles + place * 4 * steps : scratch;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        Vec x = centred<L2>(row, cb.mean, d, D);
+        const Vec n = to_multiples(x, a, inverse);
+        lost[r] = VQK_FMA(x, x, lost[r]);
+        store_bytes(bytes + d, n, 128);  // in quads the next row takes what is beyond D
+      }
+      if (kStepFeatures == 4) continue;
+      Quad* to = reinterpret_cast<Quad*>(tiles) + place / kTileRows * steps * kTileRows + place % kTileRows;
+      for (int64_t d = 0; d < steps; ++d) {
+        uint16_t pair;
+        __builtin_memcpy(&pair, scratch + 2 * d, 2);
+        to[d * kTileRows] = pair * 0x10001u;
+      }
+    }
+    const Four sums = sums_of_lanes(lost);
+    __builtin_memcpy(b.lost + j, &sums, sizeof sums);
   }
-  Quad* to = reinterpret_cast<Quad*>(tiles) + i / kTileRows * steps * kTileRows + i % kTileRows;
-  for (int64_t d = 0; d < steps; ++d) {
-    uint32_t bytes = 0;
-    __builtin_memcpy(&bytes, scratch + d * kStepFeatures, kStepFeatures);
-    to[d * kTileRows] = kStepFeatures == 2 ? bytes * 0x10001u : bytes;
-  }
-  // the sum's own roundings; what subtracting the mean rounded off
-  return __builtin_sqrt(static_cast<double>(sum_of_lanes(lost))) * (1 + 0x1p-12) +
-         (cb.l2 ? 0x1p-23 * (row.norm + row.length) : 0.0);
 }
 
 // Of codewords [first, last) of cb, centred.
 static ByteLengths byte_lengths(const Codebook& cb, int64_t first, int64_t last) {
-  double row = 0, chunk = 0, peak = 0;
-  for (int64_t k = first; k < last; ++k) {
-    const Centred most = measure(static_cast<const float*>(cb.rows) + k * cb.D, cb.mean, cb.D);
-    row = most.squares > row ? most.squares : row;
-    chunk = most.chunk > chunk ? most.chunk : chunk;
-    peak = most.peak > peak ? most.peak : peak;
+  Four row{}, chunk{}, peak{};
+  auto raise = [](Four& most, Four x) __attribute__((always_inline)) { most = most < x ? x : most; };
+  for (int64_t k = first; k < last; k += 4) {
+    const float* x[4];
+    for (int r = 0; r < 4; ++r) x[r] = static_cast<const float*>(cb.rows) + (k + r < last ? k + r : last - 1) * cb.D;
+    const FourRows four = measure<true>(x, cb.mean, cb.D);
+    raise(row, four.squares), raise(chunk, four.chunk), raise(peak, four.peak);
   }
-  return {__builtin_sqrt(row), __builtin_sqrt(chunk), peak};
+  auto most = [](Four x) {
+    const double a = x[0] < x[1] ? x[1] : x[0], b = x[2] < x[3] ? x[3] : x[2];
+    return a < b ? b : a;
+  };
+  return {__builtin_sqrt(most(row)) * (1 + 0x1p-17), __builtin_sqrt(most(chunk)) * (1 + 0x1p-17), most(peak)};
 }
 
 // Fills panels [first, last) of cb; returns the longest that a codeword lost and the longest chunk of bytes. Lanes
@@ -160,7 +254,7 @@ static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
         const int64_t begin = chunk * kChunkFeatures, end = begin + kChunkFeatures < D ? begin + kChunkFeatures : D;
         Vec sum = {}, length = {};  // integers below 2^24: exact
         for (int64_t d = begin; d < end; d += kLanes) {
-          Vec x = centred(row, cb.mean, d, D);
+          Vec x = centred<true>(row, cb.mean, d, D);
           for (int i = 0; i < kLanes; ++i) squares += static_cast<double>(x[i]) * x[i];
           const Vec n = to_multiples(x, unit, inverse);
           lost = VQK_FMA(x, x, lost);

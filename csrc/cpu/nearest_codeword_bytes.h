@@ -7,7 +7,8 @@
 //   VQK_DOT_BYTES(x, c, sum)  sum + the 4 products of unsigned x and signed c in every 32-bit lane
 // and either way
 //   VQK_STORE_BYTES(p, x)     the low bytes of the 32-bit lanes, side by side
-//   VQK_MIN_TICKS, VQK_LOWEST_TICKS   minimum of lanes, over lanes     VQK_NONZERO_TICKS(x)  bit i = lane i is not 0
+//   VQK_MIN_TICKS, VQK_LOWEST_TICKS   minimum of lanes, over lanes     VQK_WITHIN(x, limit)  bit i = lane i <= limit
+//   VQK_LOAD_FIRST(p, n)      n < VQK_LANES floats, then zeros
 //
 // A vector of bytes takes four times as many features as one of floats. In pairs (AVX2) sums stay in 16 bits: a
 // multiply-add and an addition per 4 * VQK_LANES products, up to three times the fp32 peak. In quads (VNNI) it is one
@@ -27,7 +28,7 @@
 //
 //        panel of codewords [D/2][4 * VQK_LANES][2]     rows of a tile [D/2][VQK_ROWS][2][2]
 //          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 z0 z0 | z1 z1 z1 z1 | ...
-//        quads: [D/4][2 * VQK_LANES][4]                 [D/4][VQK_ROWS][4]
+//        quads: [D/4][2 * VQK_LANES][4]                 [VQK_ROWS][D/4][4]
 //
 // The bound is about 3 % of |z||c|. Once one fp32 score is known nothing further than a bound above it can win: a few
 // to a few tens of codewords a row are scored in fp32 one by one, and what is left within that bound is compared
@@ -35,7 +36,7 @@
 
 constexpr int64_t kMostByteFeatures = 1024;
 #ifdef VQK_QUADS
-constexpr int kStepFeatures = 4, kTickLanes = kLanes, kLargestByte = 127, kPaysKD = 16384;
+constexpr int kStepFeatures = 4, kTickLanes = kLanes, kLargestByte = 127, kPaysK = 128, kPaysKD = 4096;
 constexpr int64_t kChunkFeatures = kMostByteFeatures;  // one chunk
 constexpr double kMostHalfNorm = 0x1.fcp21;            // ticks; below 2^22, so that adding 1.5 * 2^23 rounds to integers
 typedef int32_t Tick;  // also what sums start with
@@ -43,7 +44,7 @@ typedef uint32_t TickWord;
 typedef uint32_t CodeBytes;  // a codeword's share of a step
 typedef float HalfNorm;
 #else
-constexpr int kStepFeatures = 2, kTickLanes = 2 * kLanes, kLargestByte = 63, kPaysKD = 32768;
+constexpr int kStepFeatures = 2, kTickLanes = 2 * kLanes, kLargestByte = 63, kPaysK = 512, kPaysKD = 32768;
 constexpr int64_t kChunkFeatures = 64;
 constexpr double kMostHalfNorm = 32766;
 typedef int16_t Tick;
@@ -52,12 +53,14 @@ typedef uint16_t CodeBytes;
 typedef int16_t HalfNorm;  // in half_norm_unit
 #endif
 constexpr int kByteWidth = 2 * kTickLanes;
-constexpr ByteFormat kByteFormat = {kByteWidth,     kStepFeatures, kLargestByte,
-                                    kChunkFeatures, kMostHalfNorm, kPaysKD};
-constexpr int kMostByteGroup = 8;              // panels folded into one vector
-constexpr int kByteCandidates = 64;            // lanes of minima per row; more than that: the next coarse pass
+constexpr ByteFormat kByteFormat = {kByteWidth,    kStepFeatures, kLargestByte, kChunkFeatures,
+                                    kMostHalfNorm, kPaysK,        kPaysKD};
+constexpr int kMostByteGroup = 16;             // vectors folded into one
+constexpr int kByteCandidates = 12288;         // lanes of minima that a task has room for
+constexpr int kScoredPairs = 2 * kMaxRows * kMostByteGroup;  // of row and codeword, in fp32 at a time
 constexpr double kChunkSum = 32760;            // of products, at most
 constexpr Tick kMostTicks = kStepFeatures == 4 ? 0x7fffffff : 32767;
+constexpr Tick kNoTicks = -kMostTicks - 1;
 
 typedef Tick Ticks __attribute__((vector_size(4 * VQK_LANES)));
 typedef TickWord TickBits __attribute__((vector_size(4 * VQK_LANES)));
@@ -72,6 +75,7 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
   const Vec round = VQK_SPLAT(0x1.8p23f), t = VQK_SPLAT(ticks);  // pack_bytes took the bits of 1.5 * 2^23 from start
   const IntVec s0 = (IntVec)load_ticks(start) + (IntVec)VQK_FMA(load(half_norms), t, round);
   const IntVec s1 = (IntVec)load_ticks(start + kLanes) + (IntVec)VQK_FMA(load(half_norms + kLanes), t, round);
+  const int64_t stride = 4 * steps;
   IntVec sum0[kTileRows], sum1[kTileRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) sum0[r] = s0, sum1[r] = s1;
@@ -81,11 +85,10 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
     panel += 4 * kByteWidth;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const IntVec x = VQK_PAIR(z + 4 * r);
+      const IntVec x = VQK_PAIR(z + r * stride + 4 * d);
       sum0[r] = VQK_DOT_BYTES(x, c0, sum0[r]);
       sum1[r] = VQK_DOT_BYTES(x, c1, sum1[r]);
     }
-    z += 4 * kTileRows;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) lo[r] = (Ticks)sum0[r], hi[r] = (Ticks)sum1[r];
@@ -148,171 +151,175 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, const int16_t
 }
 #endif
 
-struct ByteRow {
-  Tick best, limit, slack;     // as Row's, in ticks: units of the row's scores
-  int count;                   // of candidates; kEveryCodeword: for the next pass; kNone: takes no part
-  const float* z;
-  double norm, length;         // |z|; |z - mean|, or up to 2^-15 more
-  float unit;                  // a
-  double shift, ticks, eps;    // (fp32 score + shift) * ticks is within eps of the score in ticks
-  Tick score[kByteCandidates];
-  uint32_t lane[kByteCandidates];  // group * kTickLanes + lane
+#include "nearest_codeword_byte_rows.h"
+
+struct ByteCandidate {
+  int place;
+  uint32_t lane;  // group * kTickLanes + lane
+  int score;
 };
 
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
-VQK_INLINE Eight sum_to_eight(Vec x) {
-#if VQK_LANES == 16
-  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-  return x;
-#endif
-}
-VQK_INLINE Four sum_to_four(Eight x) {
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
-}
-VQK_INLINE float sum_of_four(Four x) {
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
-  return x[0] + x[1];
-}
-VQK_INLINE float sum_of_lanes(Vec x) { return sum_of_four(sum_to_four(sum_to_eight(x))); }
-template <class Part>
-VQK_INLINE Part load_part(const float* p) {
-  Part x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
+struct ByteScratch {
+  ByteRows* rows;
+  uint8_t* tiles;        // whole tiles of rows
+  int16_t* factors;      // pairs: [kMaxRows][2], as score_panel_bytes takes them
+  uint8_t* row;          // [D + kLanes] bytes of a row
+  Tick* minima;
+  ByteCandidate* candidates;  // [kByteCandidates]
+  int* scored_place;     // [kScoredPairs], as the next two: pairs of a row and a codeword scored in fp32
+  uint32_t* scored_code;
+  float* score;
+  int* left;             // [kScoredPairs] those that fp32 leaves
+};
+
+// Codeword v of the cb.byte_group behind a lane; beyond the last codeword the last.
+VQK_INLINE uint32_t codeword(const Codebook& cb, uint32_t lane, int v) {
+  const uint32_t k = (lane / kTickLanes * cb.byte_group + v) * kTickLanes + lane % kTickLanes;
+  const uint32_t last = static_cast<uint32_t>(cb.K - 1);
+  return k < last ? k : last;
 }
 
-// |c|^2 / 2 - z.c in fp32.
-VQK_INLINE float score_float(const float* z, const float* c, float half_norm, int64_t D) {
-  Vec a = {}, b = {};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-    a = VQK_FMA(load(z + d), load(c + d), a);
-    b = VQK_FMA(load(z + d + kLanes), load(c + d + kLanes), b);
+// |c|^2 / 2 - z.c in fp32 of the pairs [first, last) in s; the three beyond may be overwritten.
+static void score_pairs(const Codebook& cb, const float* z, const ByteScratch& s, int first, int last) {
+  const int64_t D = cb.D;
+  int* const place = s.scored_place;
+  uint32_t* const code = s.scored_code;
+  for (int j = last; last > first && (j - first) % 4; ++j) place[j] = place[last - 1], code[j] = code[last - 1];
+  for (int j = first; j < last; j += 4) {
+    const float *x[4], *c[4];
+    for (int r = 0; r < 4; ++r) {
+      x[r] = z + s.rows->order[place[j + r]] * D;
+      c[r] = static_cast<const float*>(cb.rows) + code[j + r] * D;
+    }
+    Vec sum[4] = {};
+    for (int64_t d = 0; d < D; d += kLanes)
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[r] = VQK_FMA(features(x[r], d, D), features(c[r], d, D), sum[r]);
+    const float* half = cb.half_norms;
+    const Four scores = Four{half[code[j]], half[code[j + 1]], half[code[j + 2]], half[code[j + 3]]} - sums_of_lanes(sum);
+    __builtin_memcpy(s.score + j, &scores, sizeof scores);
   }
-  if (d + kLanes <= D) {
-    a = VQK_FMA(load(z + d), load(c + d), a);
-    d += kLanes;
+}
+
+// Scores the codewords behind the lowest lane of every place, cb.byte_group of them, place by place in s.score. Such a
+// codeword exists, so those that can still win have a score in ticks of no more than the limit then set.
+static void score_lowest(const Codebook& cb, const float* z, const ByteScratch& s, int candidates, float* best) {
+  ByteRows& b = *s.rows;
+  const int width = cb.byte_group, count = b.count;
+  for (int c = 0; c < candidates; ++c) {
+    const auto [j, lane, score] = s.candidates[c];
+    const uint32_t same = -static_cast<uint32_t>(score == b.best[j]);  // a mask: compilers make branches of selections
+    b.lowest[j] = (lane & same) | (b.lowest[j] & ~same);
   }
-  Eight eight = sum_to_eight(a + b);
-  if (kLanes > 8 && d + 8 <= D) {
-    eight += load_part<Eight>(z + d) * load_part<Eight>(c + d);
-    d += 8;
+  for (int v = 0; v < width; ++v)
+    for (int j = 0; j < count; ++j) {
+      s.scored_place[v * count + j] = j;
+      s.scored_code[v * count + j] = codeword(cb, b.lowest[j], v);
+    }
+  score_pairs(cb, z, s, 0, count * width);
+  for (int j = 0; j < count; ++j) best[j] = s.score[j];
+  for (int v = 1; v < width; ++v)
+    for (int j = 0; j < count; ++j) best[j] = s.score[v * count + j] < best[j] ? s.score[v * count + j] : best[j];
+  for (int j = 0; j < count; ++j) {
+    double limit = (best[j] + b.shift[j]) * b.ticks[j] + b.eps[j];
+    limit = limit < b.limit[j] ? limit : b.limit[j];
+    b.limit[j] = static_cast<int>(limit < kNoTicks ? kNoTicks : limit);  // towards zero: no lower than the floor
   }
-  Four four = sum_to_four(eight);
-  if (d + 4 <= D) {
-    four += load_part<Four>(z + d) * load_part<Four>(c + d);
-    d += 4;
-  }
-  float sum = sum_of_four(four);
-  for (; d < D; ++d) sum += z[d] * c[d];
-  return half_norm - sum;
 }
 
-// The codewords behind a candidate: call(k) for each.
-template <class Call>
-VQK_INLINE void for_each_codeword(const Codebook& cb, uint32_t lane, const Call& call) {
-  const int64_t step = static_cast<int64_t>(cb.byte_group) * kByteWidth;
-  const int64_t first = lane / kTickLanes * step + lane % kTickLanes;
-  for (int64_t k = first; k < first + step && k < cb.K; k += kTickLanes) call(k);
+// Makes room among the candidates: drops those that cannot win any more, then, if that is not enough, rows with many.
+static __attribute__((noinline)) int prune_bytes(const Codebook& cb, const float* z, const ByteScratch& s, int count) {
+  ByteRows& b = *s.rows;
+  float best[kPlaces];
+  int of_place[kMaxRows] = {};
+  score_lowest(cb, z, s, count, best);
+  auto drop = [&] {
+    int kept = 0;
+    for (int j = 0; j < count; ++j)
+      if (s.candidates[j].score <= b.limit[s.candidates[j].place]) s.candidates[kept++] = s.candidates[j];
+    count = kept;
+  };
+  drop();
+  if (count < kByteCandidates / 2) return count;
+  for (int j = 0; j < count; ++j)
+    if (++of_place[s.candidates[j].place] > kByteCandidates / 2 / kMaxRows) b.limit[s.candidates[j].place] = kNoTicks;
+  drop();
+  return count;
 }
 
-// A codeword with this fp32 score exists: those that can still win have a score in ticks of no more than limit.
-VQK_INLINE void tighten(ByteRow& row, float score) {
-  const double limit = (score + row.shift) * row.ticks + row.eps;
-  if (limit < row.limit) row.limit = limit < -kMostTicks ? -kMostTicks : static_cast<Tick>(__builtin_floor(limit));
-}
-
-static __attribute__((noinline)) bool prune_bytes(const Codebook& cb, ByteRow& row) {
-  int kept = 0, lowest = 0;
-  for (int i = 1; i < kByteCandidates; ++i)
-    if (row.score[i] < row.score[lowest]) lowest = i;
-  const float* codewords = static_cast<const float*>(cb.rows);
-  for_each_codeword(cb, row.lane[lowest], [&](int64_t k) {
-    tighten(row, score_float(row.z, codewords + k * cb.D, cb.half_norms[k], cb.D));
-  });
-  for (int i = 0; i < kByteCandidates; ++i)
-    if (row.score[i] <= row.limit) row.score[kept] = row.score[i], row.lane[kept] = row.lane[i], ++kept;
-  row.count = kept;
-  if (kept < kByteCandidates) return true;
-  row.count = kEveryCodeword;
-  return false;
-}
-
+// Appends to s.candidates, which holds `count`, of places [start, last) of a tile; returns how many there are then.
 // minima: `groups` vectors, kTileRows * kTickLanes apart, of lanes that start at `lane`.
-VQK_INLINE void filter_bytes(const Codebook& cb, ByteRow& row, const Tick* minima, int64_t groups, uint32_t lane) {
-  constexpr int64_t kStep = kTileRows * kTickLanes, kBits = 8 * sizeof(Tick);
-  Ticks lowest0 = load_ticks(minima), lowest1 = lowest0;
-  int64_t g = 1;
-  for (; g + 1 < groups; g += 2) {
-    lowest0 = VQK_MIN_TICKS(lowest0, load_ticks(minima + g * kStep));
-    lowest1 = VQK_MIN_TICKS(lowest1, load_ticks(minima + (g + 1) * kStep));
+VQK_INLINE int filter_tile(const Codebook& cb, const float* z, const ByteScratch& s, const Tick* minima, int64_t groups,
+                           uint32_t lane, int start, int last, int count) {
+  constexpr int64_t kStep = kTileRows * kTickLanes, kWord = 64 / kTickLanes;
+  ByteRows& b = *s.rows;
+  for (int j = start; j < last; ++j, minima += kTickLanes) {
+    Ticks lowest0 = load_ticks(minima), lowest1 = lowest0;
+    int64_t g = 1;
+    for (; g + 1 < groups; g += 2) {
+      lowest0 = VQK_MIN_TICKS(lowest0, load_ticks(minima + g * kStep));
+      lowest1 = VQK_MIN_TICKS(lowest1, load_ticks(minima + (g + 1) * kStep));
+    }
+    if (g < groups) lowest0 = VQK_MIN_TICKS(lowest0, load_ticks(minima + g * kStep));
+    const int best = VQK_LOWEST_TICKS(VQK_MIN_TICKS(lowest0, lowest1));
+    b.best[j] = best < b.best[j] ? best : b.best[j];
   }
-  if (g < groups) lowest0 = VQK_MIN_TICKS(lowest0, load_ticks(minima + g * kStep));
-  const Tick best = VQK_LOWEST_TICKS(VQK_MIN_TICKS(lowest0, lowest1));
-  if (best > row.limit) return;
-  if (best < row.best) {
-    row.best = best;
-    const int64_t limit = static_cast<int64_t>(best) + row.slack;
-    if (limit < row.limit) row.limit = static_cast<Tick>(limit);
-  }
-  const Ticks limit = Ticks{} + row.limit;
-  for (int64_t first = 0; first < groups; first += kBits) {  // as in filter: a lane's bits say which groups
-    const int64_t last = first + kBits < groups ? first + kBits : groups;
-    TickBits bits = {};
-    for (g = last - 1; g >= first; --g) bits = bits + bits - (TickBits)(load_ticks(minima + g * kStep) <= limit);
-    TickWord words[kTickLanes];
-    __builtin_memcpy(words, &bits, sizeof words);
-    for (unsigned lanes = VQK_NONZERO_TICKS(bits); lanes; lanes &= lanes - 1) {
-      const int i = __builtin_ctz(lanes);
-      for (uint32_t word = words[i]; word; word &= word - 1) {
-        g = first + __builtin_ctz(word);
-        if (row.count == kByteCandidates && !prune_bytes(cb, row)) return;
-        row.score[row.count] = minima[g * kStep + i];
-        row.lane[row.count++] = lane + static_cast<uint32_t>(g * kTickLanes + i);
-      }
+  minima -= (last - start) * kTickLanes;
+  for (int j = start; j < last; ++j) b.limit[j] = b.best[j] + b.window[j] < b.limit[j] ? b.best[j] + b.window[j] : b.limit[j];
+  for (int j = start; j < last; ++j, minima += kTickLanes) {
+    if (count > kByteCandidates - kBlockVectors * kTickLanes) count = prune_bytes(cb, z, s, count);
+    const Ticks limit = Ticks{} + static_cast<Tick>(b.limit[j]);
+    for (int64_t first = 0; first < groups; first += kWord) {
+      uint64_t word = 0;
+      for (int64_t g = 0; g < kWord && first + g < groups; ++g)
+        word |= static_cast<uint64_t>(VQK_WITHIN(load_ticks(minima + (first + g) * kStep), limit)) << g * kTickLanes;
+      auto take = [&] __attribute__((always_inline)) () {
+        const int bit = __builtin_ctzll(word | 1ull << 63);
+        s.candidates[count] = {j, lane + static_cast<uint32_t>(first * kTickLanes + bit),
+                               minima[(first + bit / kTickLanes) * kStep + bit % kTickLanes]};
+        count += word != 0;
+        word &= word - 1;
+      };
+      // two without a branch that would be predicted badly, where there are few words
+      if (groups <= 2 * kWord) take(), take();
+      while (word) take();
     }
   }
+  return count;
 }
 
-// The rows of a task in bytes: place j of the tiles holds row order[j].
-struct ByteTiles {
-  const uint8_t* bytes;  // whole tiles
-  const int* order;
-  int count;
-  const int16_t* factors;  // pairs: [count][2], as score_panel_bytes takes them
-  const float* ticks;      // quads: of each tile
-};
-
-// Fills the rows' candidates.
+// Fills s.candidates; returns how many.
 template <bool OneChunk>
-static void coarse_pass_bytes(const Codebook& cb, const ByteTiles& tiles, ByteRow* rows, Tick* minima) {
+static int coarse_pass_bytes(const Codebook& cb, const float* z, const ByteScratch& s) {
+  const ByteRows& b = *s.rows;
+  Tick* const minima = s.minima;
+  int candidates = 0;
   const int64_t steps = (cb.D + kStepFeatures - 1) / kStepFeatures;
   const int64_t chunks = (cb.D + kChunkFeatures - 1) / kChunkFeatures;
-  const int64_t panels = (cb.K + kByteWidth - 1) / kByteWidth, group = cb.byte_group;
+  const int64_t panels = (cb.K + kByteWidth - 1) / kByteWidth;
   const int64_t panel_bytes = steps * kStepFeatures * kByteWidth;
   const Tick* starts = static_cast<const Tick*>(cb.starts8);
   const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8);
+  const int64_t panels_per_group = cb.byte_group / 2;
   int64_t block = kBlockBytes / panel_bytes;
-  if (block > kBlockVectors * group) block = kBlockVectors * group;
-  block = block / group * group;
-  if (block < group) block = group;
+  if (block > kBlockVectors * panels_per_group) block = kBlockVectors * panels_per_group;
+  block = block / panels_per_group * panels_per_group;
+  if (block < panels_per_group) block = panels_per_group;
   constexpr int64_t kStep = kTileRows * kTickLanes;
   for (int64_t first = 0; first < panels; first += block) {
     const int64_t last = first + block < panels ? first + block : panels;
-    for (int start = 0; start < tiles.count; start += kTileRows) {
+    const uint32_t lane = static_cast<uint32_t>(first / panels_per_group * kTickLanes);
+    for (int start = 0; start < b.count; start += kTileRows) {
       Tick* out = minima;
       for (int64_t p = first, in_group = 0; p < last; ++p) {
         Ticks lo[kTileRows], hi[kTileRows];
-        const uint8_t* bytes = tiles.bytes + start * 4 * steps;
+        const uint8_t* bytes = s.tiles + start * 4 * steps;
         const int8_t* panel = cb.panels8 + p * panel_bytes;
         const Tick* begin = starts + p * chunks * kByteWidth;
 #ifdef VQK_QUADS
-        score_panel_bytes(bytes, steps, tiles.ticks[start / kTileRows], panel, begin, half_norms + p * kByteWidth, lo, hi);
+        score_panel_bytes(bytes, steps, b.tile_ticks[start / kTileRows], panel, begin, half_norms + p * kByteWidth, lo, hi);
 #else
-        score_panel_bytes<OneChunk>(bytes, steps, tiles.factors + 2 * start, panel, begin, cb.byte_shift,
+        score_panel_bytes<OneChunk>(bytes, steps, s.factors + 2 * start, panel, begin, cb.byte_shift,
                                     half_norms + p * kByteWidth, lo, hi);
 #endif
 #pragma GCC unroll 16
@@ -321,14 +328,11 @@ static void coarse_pass_bytes(const Codebook& cb, const ByteTiles& tiles, ByteRo
           if (in_group) x = VQK_MIN_TICKS(x, load_ticks(out + r * kTickLanes));
           *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = x;
         }
-        if (++in_group == group || p + 1 == last) in_group = 0, out += kStep;
+        if (++in_group == panels_per_group || p + 1 == last) in_group = 0, out += kStep;
       }
-      for (int j = start; j < tiles.count && j < start + kTileRows; ++j)
-        if (ByteRow& row = rows[tiles.order[j]]; row.count >= 0)
-          filter_bytes(cb, row, minima + (j - start) * kTickLanes, (out - minima) / kStep,
-                       static_cast<uint32_t>(first / group * kTickLanes));
+      const int end = start + kTileRows < b.count ? start + kTileRows : b.count;
+      candidates = filter_tile(cb, z, s, minima, (out - minima) / kStep, lane, start, end, candidates);
     }
   }
+  return candidates;
 }
-
-#include "nearest_codeword_byte_rows.h"

@@ -114,6 +114,8 @@ struct Decision {
     if (!count) return;
     for (int j = count; j < kPairs; ++j) z[j] = z[j - 1], c[j] = c[j - 1], row[j] = row[j - 1], code[j] = code[j - 1];
     double cost[kPairs], total = 0;
+    bool one_row = true;
+    for (int j = 1; j < kPairs; ++j) one_row &= row[j] == row[0];
     canonical_costs<T, L2>(z, c, D, cost);
     for (int j = 0; j < kPairs; ++j) total += cost[j];
     // Not finite, rarely: a codeword that must not win, or finite fp64 values whose cost overflows.
@@ -122,7 +124,7 @@ struct Decision {
         if (!all_finite(c[j], D)) continue;
         else if (cost[j] == cost[j]) update(row[j], code[j], cost[j]);
         else index[row[j]] = -1, value[row[j]] = kUndecided;
-    } else if (row[0] == row[kPairs - 1]) {  // one row: its pairs come with ascending codes, mostly
+    } else if (one_row) {  // its pairs come with ascending codes, mostly
       double best = cost[0];
       int64_t best_code = code[0];
 #pragma GCC unroll 8

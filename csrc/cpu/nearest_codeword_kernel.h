@@ -271,12 +271,10 @@ struct Scratch {
   int64_t* index;
   double* value;
   float* z;           // [n][D]
-  int16_t* integers;  // [n, up to a whole tile][D + 1]
+  int16_t* integers;  // [n, up to a whole tile][D + 1], or bytes
   int16_t* row;       // [D + 1]
 #ifdef VQK_BYTES
-  ByteRow* byte_rows;
-  int16_t* factors;   // [kMaxRows][2]
-  uint8_t* centred;   // [D + kLanes] bytes of a row
+  ByteScratch bytes;
 #endif
   char* gathered;     // [n][D] values of the rows `again`
   char* end;
@@ -297,12 +295,19 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.index, kMaxRows);
   take(s.value, kMaxRows);
   take(s.z, rows * D);
-  take(s.integers, rows * (D + 1));
+  take(s.integers, rows * (D + 4) + kLanes);
   take(s.row, D + 1);
 #ifdef VQK_BYTES
-  take(s.byte_rows, kMaxRows);
-  take(s.factors, 2 * kMaxRows);
-  take(s.centred, D + kLanes);
+  take(s.bytes.rows, 1);
+  take(s.bytes.factors, 2 * kMaxRows);
+  take(s.bytes.row, D + kLanes);
+  take(s.bytes.scored_place, kScoredPairs);
+  take(s.bytes.scored_code, kScoredPairs);
+  take(s.bytes.score, kScoredPairs);
+  take(s.bytes.left, kScoredPairs);
+  take(s.bytes.candidates, kByteCandidates);
+  s.bytes.minima = reinterpret_cast<Tick*>(s.minima);
+  s.bytes.tiles = reinterpret_cast<uint8_t*>(s.integers);
 #endif
   take(s.gathered, n * D * sizeof(double));
   s.end = memory;
@@ -445,7 +450,7 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
   if constexpr (sizeof(T) == sizeof(float))
     if (cb.panels8) {
       if (!__atomic_load_n(cb.bytes_fail, __ATOMIC_RELAXED) &&
-          finish(search_bytes<L2>(cb, z, skip, n, s, found, found_value)))
+          finish(search_bytes<L2>(cb, z, skip, n, s.bytes, s.again, found, found_value)))
         __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
       if (n) make_panels(cb);
     }

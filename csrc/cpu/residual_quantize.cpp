@@ -158,7 +158,8 @@ void run(const ResidualQuantizeParams& p, const Parallel& parallel) {
                          p.K[level]});
   const int64_t rows = rows_per_task(p.H * p.N), blocks = ceil_div(p.N, rows), tasks = p.H * blocks;
   if (tasks == 0) sources.clear();
-  const PackedCodebooks books(kernel, sources, p.D, p.dtype, p.metric, true, p.N, parallel);
+  const auto packed = packed_codebooks(kernel, sources, p.D, p.dtype, p.metric, true, p.N, parallel);
+  const PackedCodebooks& books = *packed;
 
   ScratchPool pool(Block<T>::bytes(kernel, p, rows));
   std::vector<double> squares(tasks * p.Q, 0.0);  // per task and level, over valid rows

@@ -20,10 +20,11 @@ VQK_HOST_DEVICE static constexpr inline double score_magnitude(double z_norm, do
 VQK_HOST_DEVICE static constexpr inline double canonical_error_bound(int64_t D, double z_norm, double c_norm, bool l2,
                                                                      double underflow) {
   const double n64 = static_cast<double>(D + 6) * 0x1p-53, magnitude = score_magnitude(z_norm, c_norm, l2);
-  if (!(magnitude < 0x1p120 && z_norm < 0x1p120 && c_norm < 0x1p120)) return __builtin_huge_val();
   const double canonical = n64 * (1 + 2 * n64) * (l2 ? 0.5 * (z_norm + c_norm) * (z_norm + c_norm) : magnitude);
   const double subnormal = static_cast<double>(D) * (z_norm + c_norm + 4) * 0x1p-126;
-  return (canonical + subnormal + static_cast<double>(D) * underflow) * (1 + 0x1p-10);
+  const double bound = (canonical + subnormal + static_cast<double>(D) * underflow) * (1 + 0x1p-10);
+  const bool fits = (magnitude < 0x1p120) & (z_norm < 0x1p120) & (c_norm < 0x1p120);
+  return fits ? bound : __builtin_huge_val();  // a selection, so that loops over rows become vectors
 }
 
 // A number eps with |coarse - canonical| <= eps, both as scores that the nearest codeword minimises:
@@ -38,8 +39,8 @@ VQK_HOST_DEVICE static constexpr inline double score_error_bound(int64_t D, doub
                                                                  double underflow) {
   const double n32 = static_cast<double>(D + 6) * 0x1p-24;
   const double coarse = n32 * (1 + 2 * n32) * score_magnitude(z_norm, c_norm, l2);  // n / (1 - n) up to n = 1/2
-  return n32 < 0.5 ? coarse * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, underflow)
-                   : __builtin_huge_val();
+  const double bound = coarse * (1 + 0x1p-10) + canonical_error_bound(D, z_norm, c_norm, l2, underflow);
+  return n32 < 0.5 ? bound : __builtin_huge_val();
 }
 
 // The same for scores made from integers: row and codeword are integers times a scale, short of the scaled row by

@@ -96,6 +96,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
     for (int64_t j = 0; j < count; ++j)
       if (score[j] <= limit) decision.add(i, code[j]);
     scored += count;
+    VQK_COUNTED(vqk_scored, count);
   }
   decision.finish();
   // Where fp32 scores one by one cost more than what bytes save beside 16-bit integers, stop asking bytes.

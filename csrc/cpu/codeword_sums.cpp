@@ -47,6 +47,16 @@ constexpr int64_t kMostRuns = 8, kRowsPerCodeword = 16;  // a run has at least s
 constexpr int64_t kLeastElements = 1 << 18;               // fewer lie in a cache, where runs gain nothing
 constexpr int64_t kColumns = 64;  // columns of a split codeword: whole cache lines, accumulators stay in L1
 
+// Uninitialised doubles on cache lines of their own: four of them that straddle two lines cost twice.
+struct alignas(64) Line {
+  double v[8];
+};
+struct Sums {
+  Sums(int64_t n = 0) : lines(n ? new Line[(n + 7) / 8] : nullptr) {}
+  double* get() const { return reinterpret_cast<double*>(lines.get()); }
+  std::unique_ptr<Line[]> lines;
+};
+
 struct Job {
   const CodewordSumsParams& p;
   int64_t h, chunks, chunk;
@@ -58,7 +68,7 @@ struct Job {
   bool avx2;
   int64_t runs;
   int64_t width;                 // columns of a slice of a run, or 0
-  std::unique_ptr<double[]> sums;  // [runs] of [slices,K,columns] of one head, if there are several runs
+  Sums sums;  // [runs] of [slices,K,columns] of one head, if there are several runs
 };
 
 void count(void* ctx, int64_t c) {
@@ -84,11 +94,11 @@ void scatter(void* ctx, int64_t c) {
 void add(void* ctx, int64_t task) {
   const Job& job = *static_cast<Job*>(ctx);
   const SumPiece& piece = job.pieces[task];
-  std::vector<double> sum(piece.end - piece.begin);
+  const Sums sum(piece.end - piece.begin);
 #if defined(__x86_64__)
-  if (job.avx2) return add_piece_avx2(job.p, piece, sum.data());
+  if (job.avx2) return add_piece_avx2(job.p, piece, sum.get());
 #endif
-  add_piece_portable(job.p, piece, sum.data());
+  add_piece_portable(job.p, piece, sum.get());
 }
 
 // Groups of neighbouring codewords with about `share` rows; the K codewords alone count as a row each.
@@ -160,8 +170,8 @@ void add_slice(const Job& job, const SumSlice& slice) {
 // A slice of the only run of a head, from rows to sums.
 void only_run(void* ctx, int64_t task) {
   Job& job = *static_cast<Job*>(ctx);
-  std::vector<double> sums(job.p.K * std::min(job.width, job.p.D));
-  const SumSlice slice = slice_of(job, task / slices(job), 0, task % slices(job), sums.data());
+  const Sums sums(job.p.K * std::min(job.width, job.p.D));
+  const SumSlice slice = slice_of(job, task / slices(job), 0, task % slices(job), sums.get());
   add_slice(job, slice);
   round_sums_here(job, slice, 0, job.p.K);
 }
@@ -190,7 +200,7 @@ void codeword_sums(const CodewordSumsParams& p, const Parallel& caller) {
   const int64_t runs = runs_of(p);
   Job job{p, 0, chunks, (N + chunks - 1) / chunks, {}, {}, {}, {}, {}, simd_level() >= Simd::avx2, runs,
           slice_width(p, runs, parallel.threads), {}};
-  if (runs > 1) job.sums.reset(new double[runs * K * p.D]);
+  if (runs > 1) job.sums = Sums(runs * K * p.D);
   for (job.h = 0; job.h < p.H; ++job.h) {
     job.bins.assign(chunks * K, 0);
     job.bad.assign(chunks, -1);

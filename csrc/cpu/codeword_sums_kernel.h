@@ -10,6 +10,7 @@ static inline void prefetch(const char* row, int64_t bytes) {
 template <class T>
 static inline void add_row(const T* row, double* sum, int64_t width) {
   int64_t d = 0;
+#pragma GCC unroll 4
   for (; d + 4 <= width; d += 4) store4(sum + d, load4(sum + d) + load4(row + d));
   for (; d < width; ++d) sum[d] += static_cast<double>(to_float(row[d]));
 }
@@ -48,7 +49,12 @@ static void add_slice(const CodewordSumsParams& p, const SumSlice& slice) {
   for (int64_t n = slice.first; n < slice.last; ++n) {
     prefetch(reinterpret_cast<const char*>(z + (n + rows_ahead) * p.D), bytes);
     const int64_t k = index[n];
-    if (static_cast<uint64_t>(k) < static_cast<uint64_t>(p.K)) add_row(z + n * p.D, slice.sums + k * width, width);
+    if (static_cast<uint64_t>(k) < static_cast<uint64_t>(p.K)) {
+      add_row(z + n * p.D, slice.sums + k * width, width);
+      if (slice.counts) ++slice.counts[k];
+    } else if (slice.counts && k >= 0 && *slice.bad < 0) {
+      *slice.bad = k;
+    }
   }
 }
 

@@ -15,7 +15,9 @@
 //
 // Work and bytes: z and the indices read once, N (D element sizes + 8); by codeword the indices twice and the row numbers of
 // 2 to 4, 24 to 32 bytes a row. The runs' sums are at most an eighth of z in float32.
-// Measured: MEASURED
+// Measured (`make cpp-bench`, 2 threads of an AMD EPYC (Zen 4), 256 MiB of float, K = 1024, reading alone 36 to 49 GB/s): 24
+// to 32 GB/s with 32, 64 and 256 columns, 60 to 84 % of reading alone. Asking for rows into L1 instead of L2 gives 17 to 23
+// GB/s, slices of 64 of the 256 columns 12, for they use a quarter of the sets of the caches.
 // Numerics: the rows of a codeword are added in double, in row order within a run and then run by run, and rounded once.
 // Determinism: runs depend on N, K and D alone and an element of a run's sum is added by one task in row order, so threads,
 // chunks and SIMD level change nothing.

@@ -1,5 +1,5 @@
-// The memory-bound CPU kernels alone, without torch and without allocating their results, against memcpy on the
-// same threads. Bytes are the least a kernel can move: its inputs once, its result once.
+// The memory-bound CPU kernels alone, without torch and without allocating their results, against memcpy and
+// against reading alone on the same threads. Bytes are the least a kernel can move: its inputs once, its result once.
 //
 //   make cpp-bench [THREADS=2]
 #include <algorithm>
@@ -81,6 +81,22 @@ int main(int argc, char** argv) {
                         },
                         pair);
                   }});
+  rows.push_back({"read 256 MiB", 4.0 * M, [&] {
+                    run(
+                        64,
+                        [](void* p, int64_t t) {
+                          typedef float v8f __attribute__((vector_size(32)));
+                          const int64_t part = N * D / 64;
+                          const v8f* from = reinterpret_cast<const v8f*>(static_cast<float*>(p) + t * part);
+                          v8f sum[8] = {};
+                          for (int64_t i = 0; i < part / 8; i += 8)
+                            for (int j = 0; j < 8; ++j) sum[j] += from[i + j];
+                          for (int i = 1; i < 8; ++i) sum[0] += sum[i];
+                          volatile float keep = sum[0][0];
+                          (void)keep;
+                        },
+                        z);
+                  }});
   for (const char* level : {"portable", "avx2"}) {
     auto with = [&, level](auto call) {
       return [=] {
@@ -95,9 +111,11 @@ int main(int argc, char** argv) {
                         4.0 * M * size, with([=, &parallel] {
                           cpu::rotation_trick_backward({z, q, g, out, M / d, d, type, Estimator::rotation}, parallel);
                         })});
-    rows.push_back({"codeword_sums 262144x256 K=1024" + at, 4.0 * M + 8.0 * N, with([=, &parallel, &bad] {
-                      cpu::codeword_sums({z, indices, sums, counts, &bad, 1, N, K, D, DType::f32}, parallel);
-                    })});
+    for (int64_t d : {32l, 64l, 256l})
+      rows.push_back({"codeword_sums " + std::to_string(M / d) + "x" + std::to_string(d) + " K=1024" + at,
+                      4.0 * M + 8.0 * M / d, with([=, &parallel, &bad] {
+                        cpu::codeword_sums({z, indices, sums, counts, &bad, 1, M / d, K, d, DType::f32}, parallel);
+                      })});
     for (bool per_level : {false, true})
       rows.push_back({std::string("residual_quantize_backward Q=4 ") + (per_level ? "per level" : "sum") + at,
                       12.0 * M + 8.0 * N * Q, with([=, &parallel, &books, &sizes, &scale] {
@@ -116,9 +134,12 @@ int main(int argc, char** argv) {
       row.call();
       row.best = std::min(row.best, seconds() - start);
     }
-  const double copy = rows[0].bytes / rows[0].best;
-  std::printf("%-58s %9s %7s %9s\n", (std::to_string(threads) + " threads").c_str(), "ms", "GB/s", "% of copy");
-  for (const Row& row : rows)
-    std::printf("%-58s %9.1f %7.1f %8.0f%%\n", row.name.c_str(), row.best * 1e3, row.bytes / row.best / 1e9,
-                100 * row.bytes / row.best / copy);
+  const double copy = rows[0].bytes / rows[0].best, read = rows[1].bytes / rows[1].best;
+  std::printf("%-58s %9s %7s %9s %9s\n", (std::to_string(threads) + " threads").c_str(), "ms", "GB/s", "% of copy",
+              "% of read");
+  for (const Row& row : rows) {
+    const double speed = row.bytes / row.best;
+    std::printf("%-58s %9.1f %7.1f %8.0f%% %8.0f%%\n", row.name.c_str(), row.best * 1e3, speed / 1e9, 100 * speed / copy,
+                100 * speed / read);
+  }
 }

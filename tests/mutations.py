@@ -104,6 +104,8 @@ MUTATIONS = {
         "csrc/cpu/codeword_sums.cpp", r"for \(int64_t n = c \* job\.chunk; n < end; \+\+n\)\n", "for (int64_t n = c * job.chunk; n < end - 1; ++n)\n", CODEBOOK),
     "kernel: sums lose a slice's last row": (
         "csrc/cpu/codeword_sums_kernel.h", r"n < slice\.last; \+\+n", "n < slice.last - 1; ++n", CODEBOOK),
+    "kernel: a slice's last row is not counted": (
+        "csrc/cpu/codeword_sums_kernel.h", r"if \(slice\.counts\) \+\+", "if (slice.counts && n != slice.last - 1) ++", CODEBOOK),
     "kernel: sums lose a run": (
         "csrc/cpu/codeword_sums.cpp", r"run < job\.runs; \+\+run", "run < job.runs - 1; ++run", CODEBOOK),
     "kernel: k-means++ takes the worst candidate": (

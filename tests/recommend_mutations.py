@@ -8,8 +8,29 @@ COLLABORATIVE, RESAMPLER, TEXT = (
 )
 ON_COLLABORATIVE, ON_MODELS, ON_IDS = (f"tests/test_{name}.py" for name in ("collaborative", "models", "semantic_ids"))
 ON_TRAINING, ON_COMPARE = "tests/test_recommend_training.py", "tests/test_cli_pipeline.py"
+DECODER, ON_DECODER = "vqkernels/recommend/decoder.py", "tests/test_recommend.py"
 
 MUTATIONS = {
+    "decoder: beams keep their places": (
+        DECODER, r"chosen = parents\[", "chosen = (0 * parents)[", ON_DECODER),
+    "decoder: a beam forgets its codes": (
+        DECODER, r"        if before:", "        if False:", ON_DECODER),
+    "decoder: padding is read": (
+        DECODER, r"self\.padding\)\.softmax", "0.0).softmax", ON_DECODER),
+    "decoder: a step stands where the last one stood": (
+        DECODER, r"        self\.done \+= 1\n", "", ON_DECODER),
+    "decoder: the first tokens see the later ones": (
+        DECODER, r" \+ future\n", "\n", ON_DECODER),
+    "decoder: places of a beam's own codes are not told": (
+        DECODER, r" \+ self\.bias\[\.\.\., at, None, start : at \+ 1\]", "", ON_DECODER),
+    "decoder: a beam's own codes have no weight": (
+        DECODER, r" @ values \+ mine\)", " @ values)", ON_DECODER),
+    "decoder: the next block has the first one's codes": (
+        DECODER, r"before\[place\]", "before[0]", ON_DECODER),
+    "decoder: keys and values change places": (
+        DECODER, r"\(own\[0\] @ query", "(own[1] @ query", ON_DECODER),
+    "decoder: the last block asks in place of the first": (
+        DECODER, r"if block is decoder\.block\[-1\]:", "if block is decoder.block[0]:", ON_DECODER),
     "training: a resumed generator starts anew": (
         TRAINING, r"torch\.set_rng_state\(tensors\[\"random\"\]\[\"cpu\"\]\[rank\]\)", "pass", ON_TRAINING),
     "training: the optimizer forgets": (

@@ -88,6 +88,7 @@ def test_codeword_sums_do_not_depend_on_threads(K):
     rows = indices >= 0
     want = torch.zeros(K, 200, dtype=torch.float64).index_add_(0, indices[rows], z[rows].double())
     assert torch.equal(results[0][0], want.float())
+    assert torch.equal(results[0][1], indices[rows].bincount(minlength=K))
 
 
 class TestKMeans:

@@ -113,6 +113,17 @@ def test_sums(dtype, share):
     assert torch.equal(sums, want) and torch.equal(counts, want_counts)
 
 
+@pytest.mark.parametrize("N, K", [(20_000, 50), (20_000, 3000), (200, 50)], ids=["runs", "by codeword", "one run"])
+def test_sums_name_the_first_index_out_of_range(N, K):
+    z, index = torch.ones(2, N, 200), torch.zeros(2, N, dtype=torch.int64)
+    index[0, [N * 3 // 4, N - 1]], index[1, 5] = torch.tensor([K, K + 1]), K + 9
+    with pytest.raises(RuntimeError, match=f"index {K} is out of range for codebook_size {K}; allowed: -1"):
+        SPECS["codeword_sums"].op.default(z, index, K)
+    index[0] = 0
+    with pytest.raises(RuntimeError, match=f"index {K + 9} is out of range"):
+        SPECS["codeword_sums"].op.default(z, index, K)
+
+
 @pytest.mark.parametrize("size", [1, 300, 5000, 70_000])
 def test_usage(size):
     index = torch.randint(-1, size, (3, 300_001), generator=torch.Generator().manual_seed(6))

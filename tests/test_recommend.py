@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="TIGER is built on transformers; pip 
 from vqkernels.data import DataError
 from vqkernels.recommend import TIGER, ContentNeighbours, Markov, Popularity, evaluate, leave_one_out, metrics
 from vqkernels.recommend.baselines import top_k
+from vqkernels.recommend.decoder import BeamDecoder
 from vqkernels.recommend.training import batches
 
 SMALL = {"d_model": 16, "d_ff": 32, "heads": 2, "layers": 1, "max_history": 6, "window": 3}
@@ -41,6 +42,37 @@ def test_a_wide_beam_is_exhaustive_search(model, histories):
     exact = exhaustive(model, histories)
     assert (items == np.argsort(-exact, axis=1) + 1).all()
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1), atol=1e-5)
+
+
+def test_beams_that_share_are_rows_of_their_own():
+    """Three blocks, three steps, beams that multiply and change places, encoder states of unlike lengths: against T5's
+    own decoder, fed every beam's whole sequence."""
+    t5 = TIGER(some_ids(), **SMALL | {"layers": 3}, seed=5).t5
+    for parameter in t5.decoder.parameters():  # position biases start out too much alike
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 14, (2, 5), generator=draw)
+    encoded, mask = torch.randn(2, 6, 16, generator=draw), torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+
+    def whole(sequences):  # [2, beams, n]
+        beams = sequences.shape[1]
+        rows = {
+            "encoder_hidden_states": encoded.repeat_interleave(beams, 0),
+            "encoder_attention_mask": mask.repeat_interleave(beams, 0),
+        }
+        hidden = t5.decoder(input_ids=sequences.flatten(0, 1), use_cache=False, **rows).last_hidden_state[:, -1]
+        return hidden.unflatten(0, (2, beams))
+
+    with torch.inference_mode():
+        decoder, sequences = BeamDecoder(t5.decoder, encoded, mask, tokens, 3), tokens.unsqueeze(1)
+        torch.testing.assert_close(decoder.states, whole(sequences), atol=1e-5, rtol=1e-5)
+        for beams in (3, 7, 2):
+            parents = torch.randint(0, sequences.shape[1], (2, beams), generator=draw)
+            codes = torch.randint(2, 14, (2, beams), generator=draw)
+            own = sequences.gather(1, parents.unsqueeze(-1).expand(-1, -1, sequences.shape[2]))
+            sequences = torch.cat([own, codes.unsqueeze(-1)], -1)
+            torch.testing.assert_close(decoder.step(codes, parents), whole(sequences), atol=1e-5, rtol=1e-5)
 
 
 def test_seen_items_are_passed_over_exactly(model, histories):

@@ -16,7 +16,9 @@ void add_piece_avx2(const CodewordSumsParams&, const SumPiece&, double* sum);
 
 struct SumSlice {  // rows [first, last) and columns [begin, end) of head h, as they lie in memory
   int64_t h, first, last, begin, end;
-  double* sums;  // [K, end - begin]; cleared first
+  double* sums;     // [K, end - begin]; cleared first
+  int64_t* counts;  // [K] of the rows, added to; null: another slice counts them
+  int64_t* bad;     // the first index >= K, if counted
 };
 
 void add_slice_portable(const CodewordSumsParams&, const SumSlice&);

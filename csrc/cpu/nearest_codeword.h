@@ -17,6 +17,13 @@
 #include <emmintrin.h>
 #endif
 
+#ifdef VQK_COUNT  // the driver of tests/cpp counts
+extern "C" long long vqk_compared, vqk_scored;
+#define VQK_COUNTED(counter, n) __atomic_fetch_add(&counter, n, __ATOMIC_RELAXED)
+#else
+#define VQK_COUNTED(counter, n) static_cast<void>(0)
+#endif
+
 namespace vqk::cpu {
 
 class PackedCodebooks;

@@ -113,6 +113,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
     if (next[i]) again[left++] = i;
   Decision<float, L2> decision{z, static_cast<const float*>(cb.rows), cb.D, index, value};
   const int64_t scored = decide_bytes<L2>(cb, z, s, candidates, decision);
+  VQK_COUNTED(vqk_scored, scored);
   // Where fp32 scores one by one cost more than what bytes save beside 16-bit integers, stop asking bytes.
   if (scored * (cb.D + 64) > n * cb.K * cb.D / 8) __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
   return left;

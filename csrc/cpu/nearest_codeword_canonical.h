@@ -107,6 +107,7 @@ struct Decision {
     c[count] = codewords + k * D;
     row[count] = i;
     code[count] = k;
+    VQK_COUNTED(vqk_compared, 1);
     if (++count == kPairs) finish();
   }
 

@@ -35,6 +35,9 @@ Simd simd_level() { return level; }  // instead of simd.cpp: the test picks free
 }  // namespace vqk
 
 using namespace vqk;
+#ifdef VQK_COUNT
+long long vqk_compared, vqk_scored;
+#endif
 
 namespace {
 
@@ -426,10 +429,56 @@ void bench(int argc, char** argv) {
   });
 }
 
+// ---------------------------------------------------------------- survivors
+
+// Files of int64 N, K, D, then float rows and codewords (bench/survivors.py writes them).
+int survivors(int count, char** files) {
+#ifdef VQK_COUNT
+  std::printf("%-18s %-8s compared in float64, scored in float32 after bytes: a row\n", "", "");
+  for (int f = 0; f < count; ++f) {
+    int64_t size[3];  // N, K, D
+    std::FILE* file = std::fopen(files[f], "rb");
+    if (!file || std::fread(size, 8, 3, file) != 3) return std::fprintf(stderr, "%s: no header\n", files[f]), 1;
+    const auto [N, K, D] = size;
+    std::vector<float> z(N * D), c(K * D);
+    const bool whole = std::fread(z.data(), 4, z.size(), file) == z.size() &&
+                       std::fread(c.data(), 4, c.size(), file) == c.size();
+    std::fclose(file);
+    if (!whole) return std::fprintf(stderr, "%s is cut short\n", files[f]), 1;
+    std::vector<float> distances(N);
+    std::vector<int64_t> indices(N);
+    for (Simd simd : levels()) {
+      level = simd;
+      vqk_compared = vqk_scored = 0;
+      cpu::nearest_codeword({.z = z.data(),
+                             .codebook = c.data(),
+                             .mask = nullptr,
+                             .indices = indices.data(),
+                             .distances = distances.data(),
+                             .H = 1,
+                             .N = N,
+                             .K = K,
+                             .D = D,
+                             .dtype = DType::f32,
+                             .metric = Metric::l2,
+                             .certified = true},
+                            parallel());
+      const char* name = std::strrchr(files[f], '/');
+      std::printf("%-18s %-8s %8.3f %8.3f\n", name ? name + 1 : files[f], level_name(simd),
+                  static_cast<double>(vqk_compared) / N, static_cast<double>(vqk_scored) / N);
+    }
+  }
+  return 0;
+#else
+  return std::fprintf(stderr, "built without VQK_COUNT\n"), 1;
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc > 1 && !std::strcmp(argv[1], "bench")) return bench(argc, argv), 0;
   if (argc > 2 && !std::strcmp(argv[1], "decisions")) return decide(std::atoll(argv[2]));
+  if (argc > 1 && !std::strcmp(argv[1], "survivors")) return survivors(argc - 2, argv + 2);
   return check();
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import trie_topk
+from .decoder import BeamDecoder
 
 
 def search(model, histories, beams: int, trie, users=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,38 +20,17 @@ def search(model, histories, beams: int, trie, users=None) -> tuple[Tensor, Tens
         item ids int64 ``[B, beams]``, 0 for none or for a free beam that is no item's ID; log-probabilities float32
         ``[B, beams]``, best first; for each level the share of beams that lead to no item, float32 ``[B, levels]``.
     """
-    from transformers import DynamicCache, EncoderDecoderCache
-
     source, tokens = model.context(histories, users)
     batch, mask = len(source), (source > 0).long()
     encoded = model.t5.encoder(input_ids=source, attention_mask=mask).last_hidden_state
     step = Free(model.trie, batch) if trie is None else Constrained(trie, batch)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    # transformers renames the argument: 5.40 takes the new name only
-    known = inspect.signature(model.t5.decoder.forward).parameters
-    cache_name = "cache" if "cache" in known else "past_key_values"
-    scores, width, invalid = torch.zeros(batch, 1, device=source.device), 1, []
+    decoder = BeamDecoder(model.t5.decoder, encoded, mask, tokens, model.levels - 1)
+    hidden, scores, invalid = decoder.states, torch.zeros(batch, 1, device=source.device), []
     for level, (low, _) in enumerate(model.level_ranges):
-        out = model.t5.decoder(
-            input_ids=tokens,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=mask,
-            use_cache=True,
-            **{cache_name: cache},
-        )
-        logits = model.level_logits(out.last_hidden_state[:, -1], level).unflatten(0, (batch, width))
-        scores, parents, codes = step(logits.float(), scores, beams)
+        scores, parents, codes = step(model.level_logits(hidden, level).float(), scores, beams)
         invalid.append((step.states < 0).float().mean(1))
         if level + 1 < model.levels:
-            rows = torch.arange(batch, device=source.device).unsqueeze(1)
-            cache.self_attention_cache.batch_select_indices((rows * width + parents).flatten())
-            if (
-                width != codes.shape[1]
-            ):  # beams of one history share what the encoder said: repeat it only when they multiply
-                owners = (rows * width).expand_as(codes).flatten()
-                cache.cross_attention_cache.batch_select_indices(owners)
-                encoded, mask, width = encoded[owners], mask[owners], codes.shape[1]
-            tokens = (codes + low).flatten().unsqueeze(1)
+            hidden = decoder.step(codes + low, parents)
     items = torch.where(scores > -torch.inf, step.trie.items(step.states) + 1, 0)
     missing = (0, beams - items.shape[1])
     scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)

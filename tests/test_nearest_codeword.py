@@ -266,7 +266,9 @@ def rows_and_nearest(codebook, seed, metric="l2"):
     """What the kernels say of a few rows, beside the reference; few enough for codebooks to be kept packed."""
     z = draw("gaussian", 40, codebook.shape[1], seed=seed)
     code = {"l2": 0, "cosine": 1, "dot": 2}[metric]
-    return vq.nearest_codeword(z, codebook, metric=metric)[0], reference(z[None], codebook[None], None, code, True)[0][0]
+    return vq.nearest_codeword(z, codebook, metric=metric)[0], reference(z[None], codebook[None], None, code, True)[0][
+        0
+    ]
 
 
 @needs_kernel

@@ -432,7 +432,7 @@ void bench(int argc, char** argv) {
 // ---------------------------------------------------------------- survivors
 
 // Files of int64 N, K, D, then float rows and codewords (bench/survivors.py writes them).
-int survivors(int count, char** files) {
+int survivors([[maybe_unused]] int count, [[maybe_unused]] char** files) {
 #ifdef VQK_COUNT
   std::printf("%-18s %-8s compared in float64, scored in float32 after bytes: a row\n", "", "");
   for (int f = 0; f < count; ++f) {

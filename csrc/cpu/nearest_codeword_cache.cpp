@@ -4,8 +4,8 @@
 // What decides is the codebook's bytes: a cached codebook has a private copy, and a call compares all of it. Pointers and
 // version counters would miss what NumPy or .data write in place. A codebook is packed for keeping when a sample of it comes
 // the second time among the latest few, so codebooks that change from call to call (training) are never kept; calls of many
-// rows, for which packing is little, are not looked up at all. (A checksum of all bytes made changing codebooks 20 to 70 %
-// slower; where the sample is wrong, a codebook is packed in vain.)
+// rows, for which packing is little, are not looked up at all. Where the sample is wrong, a codebook is packed in vain; a
+// checksum of all bytes made calls with changing codebooks slower.
 //
 // Memory: kEntries codebooks of at most kMostBytes each, for which there are the copy, as many floats and half as much
 // again for integers; twice that for cosine, bf16 and f16: at most 16 MiB. Threads: who finds the lock taken packs.

@@ -185,6 +185,9 @@ def test_several_seeds_are_one_row_with_its_spread(data, tmp_path):
         *(("sasrec", seed) for seed in range(3)),
     ]
     assert rows[0] == first[0] and len({r["training"][0]["loss"] for r in rows[:3]}) == 3
+    for seed in range(3):  # of the model, too, not only of its IDs
+        model = json.loads((out / "methods" / "random" / f"seed-{seed}" / "model" / "tiger.json").read_text())
+        assert model["arguments"]["seed"] == seed
     row = summary(results)[0]
     scores = [r["HR@10"] for r in rows[:3]]
     assert all(abs(12 * score - round(12 * score)) < 1e-9 for score in scores)

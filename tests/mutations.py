@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import recommend_mutations
+import search_mutations
 import trie_mutations
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +40,7 @@ OPTIONS, FORMULAS, OPTIONS_BESIDE = (
     f"tests/test_layers_options{name}.py" for name in ("", "_formulas", "_differential")
 )
 VQ, CHOICE, LOSSES = (f"vqkernels/layers/{name}.py" for name in ("vector_quantize", "choice", "losses"))
-DRIVER, BYTES = "tests/test_cpp.py", "csrc/cpu/nearest_codeword_bytes.h"
-BYTE_ROWS, CACHE = "csrc/cpu/nearest_codeword_byte_rows.h", "csrc/cpu/nearest_codeword_cache.cpp"
+DRIVER = "tests/test_cpp.py"
 SEARCH, CANONICAL = "csrc/cpu/nearest_codeword_kernel.h", "csrc/cpu/nearest_codeword_canonical.h"
 SMALL = "tests/interpreted_ops.py::"
 CERTIFIED = "tests/test_triton_nearest_codeword.py::test_search_in_the_interpreter"
@@ -71,26 +71,6 @@ MUTATIONS = {
         CANONICAL, r"\(code\[j\] < best_code\)", "(code[j] > best_code)", KERNEL),
     "kernel: no error bound": (
         SEARCH, r"static_cast<float>\(2 \* eps\) : 0\.0f", "0.0f : 0.0f", KERNEL),
-    "kernel: bytes lose their error bound": (
-        "csrc/include/vqk/error_bound.h", r"const double lost = z_error \* c_row \+", "const double lost = 0 * z_error + 0 *", DRIVER),
-    "kernel: bytes trust a float32 score too far": (
-        BYTES, r"\* b\.ticks\[j\] \+ b\.eps\[j\];", "* b.ticks[j];", DRIVER),
-    "kernel: the offset of bytes is not taken back": (
-        BYTE_ROWS, r"offset = 128 \* static", "offset = 127 * static", DRIVER),
-    "kernel: half norms of bytes are cut": (
-        BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.49 * squares", DRIVER),
-    "kernel: a tile of bytes has the unit of its first row": (
-        BYTE_ROWS, r"p < j \+ kTileRows && p < count", "p < j + 1 && p < count", DRIVER),
-    "kernel: bytes forget the last codeword": (
-        BYTES, r"last = static_cast<uint32_t>\(cb\.K - 1\)", "last = static_cast<uint32_t>(cb.K - 2)", DRIVER),
-    "kernel: bytes keep two candidates of a word": (
-        BYTES, r"while \(word\) take\(\);", "", DRIVER),
-    "kernel: a kept codebook is compared in part": (
-        CACHE, r"wanted\[i\]\.K \* D \* dtype_size\(dtype\)\) != 0", "4 * D) != 0", KERNEL),
-    "kernel: a kept codebook serves every metric": (
-        CACHE, r"metric != m \|\|", "", KERNEL),
-    "kernel: a kept codebook is the caller's": (
-        CACHE, r"sources\.push_back\(\{to, source\.K\}\)", "sources.push_back({source.data, source.K})", KERNEL),
     "kernel: panels behind bytes lack the last": (
         "csrc/cpu/nearest_codeword.cpp", r"pack\(cb, 0, cb\.panels_count\)", "pack(cb, 0, cb.panels_count - 1)", DRIVER),
     "kernel: integers lose their error bound": (
@@ -463,7 +443,9 @@ def main() -> int:
     words = sys.argv[1:]
     chosen = {
         k: v
-        for k, v in (MUTATIONS | trie_mutations.MUTATIONS | recommend_mutations.MUTATIONS).items()
+        for k, v in (
+            MUTATIONS | search_mutations.MUTATIONS | trie_mutations.MUTATIONS | recommend_mutations.MUTATIONS
+        ).items()
         if not words or any(w in k for w in words)
     }
     survivors = []

@@ -58,6 +58,24 @@ def test_ties_go_to_the_lowest_index_across_tiles():
     assert vq.nearest_codeword(torch.zeros(70, 8), c)[0].unique().tolist() == [999]
 
 
+@pytest.mark.parametrize("K", [4, 300])
+def test_distances_are_of_the_sum_in_order(K):
+    """Added in order, the first rows' small terms vanish one by one beside 1 + 2^-24, which rounds down; the last rows'
+    are added first and lift it above the middle of two floats."""
+    z = torch.full((2048, 64), 2.0**-27)
+    z[:1024, 0] = z[1024:, -1] = 1
+    z[:1024, 1] = z[1024:, -2] = 2.0**-12
+    c = torch.full((K, 64), 10.0)
+    c[K // 2] = 0
+    indices, distances = vq.nearest_codeword(z, c)
+    assert (indices == K // 2).all()
+    assert (distances[:1024] == 1).all() and (distances[1024:] == 1 + 2.0**-23).all()
+    z = torch.full((1024, 64), 2.0**-27)  # no row between two floats, but their mean
+    z[:, 0] = 1
+    z[::2, 1:3] = z[1::2, 1:7] = 2.0**-13
+    assert vq.residual_quantize(z, c[None]).codebook_loss * 64 == 1
+
+
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", [0, 1, 2])

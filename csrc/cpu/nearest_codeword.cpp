@@ -4,7 +4,7 @@
 //
 //   codebook -> values (converted, normalised for cosine) -> panels          once per call, tasks of 96 codewords;
 //                                                   behind bytes, wider panels only when rows turn out to need them
-//   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per block, any thread
+//   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per 1 to 4 blocks, any thread
 //
 // Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512 (Zen 4: 32); in 16-bit
 // integers 1.5 and 2 times as many, in bytes 3 (AVX2) and 4 times (VNNI). z and the codebook are read once per block of rows from cache.
@@ -48,15 +48,14 @@ int choose_byte_group(int64_t K, int64_t D) {
 // they save, and the codebook must be worth a second packing.
 bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
 
-// The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, more of
-// them in many dimensions.
+// The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, too many
+// where features are few. Measured at every SIMD level; format.chunk: beyond, AVX2 adds several sums.
 bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DType dtype) {
   if (format.width == 0 || dtype == DType::f64 || D > 1024) return false;
 #ifdef VQK_TEST_BYTES  // wherever they can be used
   return true;
 #endif
-  const int64_t pays_KD = D < 16 ? std::max<int64_t>(format.pays_KD, 16384) : format.pays_KD;
-  return D >= 8 && K >= format.pays_K && K * D >= pays_KD && rows >= 1024;
+  return D >= 6 && K >= (D <= format.chunk ? 128 : 256) && rows >= 1024;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -263,6 +262,7 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
 namespace {
 
 constexpr int64_t kScanRows = 3;
+constexpr int64_t kMostBlocks = 4;  // of rows in a task: while one is searched, the next comes into the cache
 
 // The values that are compared, of n rows of a tensor: in place where they are that already.
 const void* compared_values(const SearchKernel& kernel, const void* rows, DType dtype, Metric metric, int64_t n,
@@ -355,24 +355,33 @@ void nearest_codeword(const NearestCodewordParams& p, const Parallel& caller) {
   const PackedCodebooks& codebooks = *packed;
 
   const int64_t block = rows_per_task(p.H * p.N), blocks = ceil_div(p.N, block);
+  const int64_t run = std::clamp<int64_t>(p.H * blocks / (32 * parallel.threads), 1, kMostBlocks);
+  const int64_t runs = ceil_div(blocks, run);
   const size_t search_bytes = (kernel.scratch_bytes(static_cast<int>(block), p.D) + 63) / 64 * 64;
   const size_t converted_bytes = is_compared_in_place(p.dtype, p.metric) ? 0 : block * p.D * value_size(p.dtype);
+  const int64_t row_bytes = p.D * dtype_size(p.dtype);
   ScratchPool pool(search_bytes + block * sizeof(double) + converted_bytes + block);
-  parallel_for(parallel, p.H * blocks, [&](int64_t task) {
-    const int64_t h = task / blocks, start = task % blocks * block, first = h * p.N + start;
-    const int n = static_cast<int>(std::min(block, p.N - start));
+  parallel_for(parallel, p.H * runs, [&](int64_t task) {
+    const int64_t h = task / runs, begin = task % runs * run * block, end = std::min(begin + run * block, p.N);
     ScratchPool::Lease scratch(pool);
     double* value = reinterpret_cast<double*>(scratch.get() + search_bytes);
     char* converted = reinterpret_cast<char*>(value + block);
-    const void* rows = compared_values(kernel, static_cast<const char*>(p.z) + first * p.D * dtype_size(p.dtype),
-                                       p.dtype, p.metric, n, p.D, converted);
-    bool* skip = nullptr;
-    if (p.mask) {
-      skip = reinterpret_cast<bool*>(converted + converted_bytes);
-      for (int i = 0; i < n; ++i) skip[i] = !p.mask[first + i];
+    for (int64_t start = begin; start < end; start += block) {
+      const int64_t first = h * p.N + start, after = start + block;
+      const int n = static_cast<int>(std::min(block, end - start));
+      const char* z = static_cast<const char*>(p.z) + first * row_bytes;
+      const void* rows = compared_values(kernel, z, p.dtype, p.metric, n, p.D, converted);
+      bool* skip = nullptr;
+      if (p.mask) {
+        skip = reinterpret_cast<bool*>(converted + converted_bytes);
+        for (int i = 0; i < n; ++i) skip[i] = !p.mask[first + i];
+      }
+      const SearchHints hints = {.rounded = p.metric == Metric::l2 && p.dtype != DType::f64,
+                                 .next = z + n * row_bytes,
+                                 .next_bytes = std::clamp<int64_t>(end - after, 0, block) * row_bytes};
+      kernel.search(codebooks[h], rows, skip, n, scratch.get(), p.indices + first, value, hints);
+      store_distances(p, first, n, value, skip);
     }
-    kernel.search(codebooks[h], rows, skip, n, scratch.get(), p.indices + first, value);
-    store_distances(p, first, n, value, skip);
   });
 }
 

@@ -62,12 +62,18 @@ struct ByteLengths {
 };
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
-// largest; sums of products over `chunk` features; half norms up to `half_norm`. It pays from so many K and K D on, measured.
+// largest; sums of products over `chunk` features; half norms up to `half_norm`.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
   double half_norm;
-  int64_t pays_K, pays_KD;
+};
+
+// What a search may make use of.
+struct SearchHints {
+  bool rounded = false;      // values will be rounded to float: any that round to the same will do
+  const char* next = nullptr;  // memory that will be read afterwards, to be brought into the cache
+  int64_t next_bytes = 0;
 };
 
 // One SIMD level's functions; see nearest_codeword_kernel.h.
@@ -85,7 +91,7 @@ struct SearchKernel {
   // For rows[0..n): index[i] = the nearest codeword, or -1 where the row is not finite or skip[i]
   // (skip may be null); value[i] = its canonical cost: the squared distance, or minus the dot product.
   void (*search)(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
-                 double* value);
+                 double* value, const SearchHints& hints);
   // The same for finite rows by comparing all `count` codewords canonically, without a packed codebook.
   void (*scan)(const void* rows, int n, const void* codewords, int64_t count, int64_t D, bool is_double, bool l2,
                int64_t* index, double* value);

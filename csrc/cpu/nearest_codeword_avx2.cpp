@@ -33,6 +33,7 @@
 #define VQK_MULHRS(a, b) ((Ticks)_mm256_mulhrs_epi16((__m256i)(a), (__m256i)(b)))
 #define VQK_SUBS(a, b) ((Ticks)_mm256_subs_epi16((__m256i)(a), (__m256i)(b)))
 #define VQK_MIN_TICKS(a, b) ((Ticks)_mm256_min_epi16((__m256i)(a), (__m256i)(b)))
+#define VQK_MAX_TICKS(a, b) ((Ticks)_mm256_max_epi16((__m256i)(a), (__m256i)(b)))
 #define VQK_LOWEST_TICKS(x) lowest16((__m256i)(x))
 #define VQK_WITHIN(x, limit) nonzero16((__m256i)((x) <= (limit)))
 #define VQK_LOAD_FIRST(p, n) load_first(p, n)

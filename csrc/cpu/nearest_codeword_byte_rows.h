@@ -48,10 +48,10 @@ VQK_INLINE float sum_of_lanes(Vec x) {
 }
 
 // Of four rows or codewords: squared lengths after centring, as a whole and of the longest chunk; the largest
-// magnitude; before centring the squared length and the product with the mean. fp32 sums of D / kLanes or less and a few
+// magnitude; before centring the product with the mean. fp32 sums of D / kLanes or less and a few
 // more terms: off by 2^-17.
 struct FourRows {
-  Four squares, chunk, peak, norm, along;
+  Four squares, chunk, peak, along;
 };
 
 template <bool Move>
@@ -60,14 +60,13 @@ VQK_INLINE FourRows measure(const float* const* x, const float* mean, int64_t D)
   Vec least[4] = {};  // of -|y|
   for (int64_t first = 0; first < D; first += kChunkFeatures) {
     const int64_t last = first + kChunkFeatures < D ? first + kChunkFeatures : D;
-    Vec squares[4] = {}, norm[4] = {}, along[4] = {};
+    Vec squares[4] = {}, along[4] = {};
     for (int64_t d = first; d < last; d += kLanes) {
       const Vec m = features(mean, d, D);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
         const Vec v = features(x[r], d, D), y = Move ? v - m : v;
         squares[r] = VQK_FMA(y, y, squares[r]);
-        norm[r] = VQK_FMA(v, v, norm[r]);
         along[r] = VQK_FMA(v, m, along[r]);
         least[r] = VQK_MIN(least[r], (Vec)((IntVec)y | 0x80000000u));
       }
@@ -75,7 +74,6 @@ VQK_INLINE FourRows measure(const float* const* x, const float* mean, int64_t D)
     const Four chunk = sums_of_lanes(squares);
     sums.chunk = sums.chunk < chunk ? chunk : sums.chunk;
     sums.squares += chunk;
-    sums.norm += sums_of_lanes(norm);
     sums.along += sums_of_lanes(along);
   }
   sums.peak = -lowest_of_lanes(least);
@@ -83,18 +81,19 @@ VQK_INLINE FourRows measure(const float* const* x, const float* mean, int64_t D)
 }
 
 // The rows of a task: place j of its tiles holds row order[j]. The rest is by place.
-constexpr int kPlaces = kMaxRows + 4;
+constexpr int kPlaces = kMaxRows + 16;
 struct ByteRows {
   int count, order[kPlaces];
-  float norm[kPlaces], length[kPlaces], along[kPlaces];  // |z| and |z - mean|, or 2^-16 more; z.mean
+  float length[kPlaces], along[kPlaces];                 // |z - mean|, or 2^-16 more; z.mean
   float unit[kPlaces], lost[kPlaces];                    // a (0: bytes cannot hold the row); |e|^2
   float slack[kPlaces];                                  // 2 eps of fp32 scores
   double shift[kPlaces], ticks[kPlaces], eps[kPlaces];   // (fp32 score + shift) * ticks is within eps of a score
   // In the coarse pass, in ticks: units of the row's scores.
   int best[kPlaces];         // lowest score seen
   int limit[kPlaces];        // nothing above can win; kNoTicks: the row is for the next pass
-  int window[kPlaces];       // 2 eps
-  uint32_t lowest[kPlaces];  // the lane of the best
+  int tags;                  // low bits of scores that number their group
+  float nearest[kPlaces];    // lowest fp32 score known, and whose it is
+  uint32_t code[kPlaces];
   float tile_ticks[kMaxRows / kTileRows + 1];  // quads: of each tile
 };
 
@@ -124,7 +123,7 @@ static ByteLimits byte_limits(const Codebook& cb, double tick) {
           static_cast<float>(cb.half_norm_unit * (1 + 0x1p-14) / tick)};
 }
 
-// Lengths and units of rows z[0..n). A row that is not finite has unit 0, and a norm that is no number below 2^40.
+// Lengths and units of rows z[0..n). A row that is not finite has unit 0, and a length that is no number below 2^40.
 template <bool L2>
 static void measure_rows(const Codebook& cb, const float* z, int n, const ByteLimits& limits, ByteRows& b) {
   float peak[kPlaces], chunk[kPlaces];
@@ -133,17 +132,16 @@ static void measure_rows(const Codebook& cb, const float* z, int n, const ByteLi
     const float* x[4];
     for (int r = 0; r < 4; ++r) x[r] = z + (i + r < n ? i + r : n - 1) * cb.D;
     const FourRows four = measure<L2>(x, cb.mean, cb.D);
-    store(b.length + i, four.squares), store(b.norm + i, L2 ? four.norm : four.squares), store(b.along + i, four.along);
+    store(b.length + i, four.squares), store(b.along + i, four.along);
     store(peak + i, four.peak), store(chunk + i, four.chunk);
   }
   for (int i = 0; i < n; ++i) {
     b.length[i] = __builtin_sqrtf(b.length[i]) * (1 + 0x1p-17f);
-    b.norm[i] = __builtin_sqrtf(b.norm[i]) * (1 + 0x1p-17f);
     float unit = peak[i] * (1 / 126.99f);
     const float for_chunk = __builtin_sqrtf(chunk[i]) * limits.per_length;
     unit = unit < for_chunk ? for_chunk : unit;
     unit = (unit < limits.half_norms ? limits.half_norms : unit) * (1 + 0x1p-16f);
-    b.unit[i] = (unit > 0x1p-50f) & (unit < 0x1p50f) & (b.norm[i] < 0x1p40f) ? unit : 0.0f;
+    b.unit[i] = (unit > 0x1p-50f) & (unit < 0x1p50f) & (b.length[i] < 0x1p40f) ? unit : 0.0f;
   }
 }
 
@@ -171,7 +169,7 @@ static void order_by_unit(ByteRows& b) {
     __builtin_memcpy(from, x, b.count * sizeof *x);
     for (int j = 0; j < b.count; ++j) x[step[j]] = from[j];
   };
-  move(b.order), move(b.norm), move(b.length), move(b.along), move(b.unit);
+  move(b.order), move(b.length), move(b.along), move(b.unit);
 }
 
 // Rows of z with their units to their places in the tiles; fills lost. In quads all rows of a tile get the unit of the

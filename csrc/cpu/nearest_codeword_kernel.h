@@ -301,11 +301,15 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.bytes.rows, 1);
   take(s.bytes.factors, 2 * kMaxRows);
   take(s.bytes.row, D + kLanes);
-  take(s.bytes.scored_place, kScoredPairs);
-  take(s.bytes.scored_code, kScoredPairs);
+  take(s.bytes.place, kScoredPairs);
+  take(s.bytes.code, kScoredPairs);
   take(s.bytes.score, kScoredPairs);
-  take(s.bytes.left, kScoredPairs);
-  take(s.bytes.candidates, kByteCandidates);
+  take(s.bytes.tie_place, kTies);
+  take(s.bytes.tie_code, kTies);
+  take(s.bytes.tie_score, kTies);
+  take(s.bytes.candidate_place, kByteCandidates);
+  take(s.bytes.candidate_lane, kByteCandidates);
+  take(s.bytes.candidate_score, kByteCandidates);
   s.bytes.minima = reinterpret_cast<Tick*>(s.minima);
   s.bytes.tiles = reinterpret_cast<uint8_t*>(s.integers);
 #endif
@@ -426,7 +430,7 @@ static int search_rows(const Codebook& cb, const T* z, const bool* skip, int n, 
 // Bytes, 16-bit integers, floats: each pass takes the rows for which the one before was not exact enough.
 template <class T, bool L2>
 static void search_with(const Codebook& cb, const void* rows, const bool* skip, int n, char* memory, int64_t* index,
-                        double* value) {
+                        double* value, [[maybe_unused]] const SearchHints& hints) {
   const Scratch s = carve(memory, n, cb.D);
   const T* z = static_cast<const T*>(rows);
   T* const gathered = reinterpret_cast<T*>(s.gathered);
@@ -450,7 +454,7 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
   if constexpr (sizeof(T) == sizeof(float))
     if (cb.panels8) {
       if (!__atomic_load_n(cb.bytes_fail, __ATOMIC_RELAXED) &&
-          finish(search_bytes<L2>(cb, z, skip, n, s.bytes, s.again, found, found_value)))
+          finish(search_bytes<L2>(cb, z, skip, n, s.bytes, s.again, found, found_value, hints)))
         __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
       if (n) make_panels(cb);
     }
@@ -464,10 +468,10 @@ static void search_with(const Codebook& cb, const void* rows, const bool* skip, 
 }
 
 static void search(const Codebook& cb, const void* rows, const bool* skip, int n, char* scratch, int64_t* index,
-                   double* value) {
+                   double* value, const SearchHints& hints) {
   auto* run = cb.is_double ? (cb.l2 ? search_with<double, true> : search_with<double, false>)
                            : (cb.l2 ? search_with<float, true> : search_with<float, false>);
-  run(cb, rows, skip, n, scratch, index, value);
+  run(cb, rows, skip, n, scratch, index, value, hints);
 }
 
 #include "nearest_codeword_prepare.h"

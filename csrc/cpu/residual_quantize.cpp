@@ -101,7 +101,7 @@ void run_level(const SearchKernel& kernel, const Codebook& cb, const ResidualQua
     kernel.normalize(b.residual, sizeof(T) == 8, n, p.D, b.normalized);
     rows = b.normalized;
   }
-  kernel.search(cb, rows, b.skip, n, b.search, index, square);
+  kernel.search(cb, rows, b.skip, n, b.search, index, square, {});
   for (int i = 0; i < n; ++i) {
     if (index[i] < 0) {
       b.skip[i] = true;

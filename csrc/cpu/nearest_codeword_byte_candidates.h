@@ -29,12 +29,12 @@ struct Candidates {  // how many there are in ByteScratch; codewords scored so f
   int64_t scored = 0;
 };
 
-// |c|^2 / 2 - z.c in fp32 of the first `count` pairs in s, a multiple of four.
-static void score_pairs(const Codebook& cb, const float* z, const ByteScratch& s, int count) {
+// |c|^2 / 2 - z.c in fp32 of the pairs [first, last) in s, a multiple of four.
+VQK_INLINE void score_pairs(const Codebook& cb, const float* z, const ByteScratch& s, int first, int last) {
   const int64_t D = cb.D;
   const int* const place = s.place;
   const uint32_t* const code = s.code;
-  for (int j = 0; j < count; j += 4) {
+  for (int j = first; j < last; j += 4) {
     const float *x[4], *c[4];
     for (int r = 0; r < 4; ++r) {
       x[r] = z + s.rows->order[place[j + r]] * D;
@@ -124,17 +124,19 @@ VQK_INLINE void note(const ByteScratch& s, int place, uint32_t code, float score
 // both may be written up to a multiple of kLanes.
 static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count, int* places,
                         uint32_t* lanes, Candidates& found) {
-  const int width = cb.byte_group, stride = (count + kLanes - 1) / kLanes * kLanes, pairs = stride * width;
+  const int width = cb.byte_group, whole = (count + 3) / 4 * 4, stride = (count + kLanes - 1) / kLanes * kLanes;
   const uint32_t last_code = static_cast<uint32_t>(cb.K - 1);
   for (int i = count; i < stride; ++i) places[i] = places[count - 1], lanes[i] = lanes[count - 1];
-  for (int v = 0, j = 0; v < width; ++v, j += stride)
+  for (int v = 0, j = 0; v < width; ++v, j += stride) {
     for (int i = 0; i < stride; ++i) {
       const uint32_t k = (lanes[i] / kTickLanes * width + v) * kTickLanes + lanes[i] % kTickLanes;
       s.place[j + i] = places[i];
       s.code[j + i] = k < last_code ? k : last_code;  // beyond the last codeword the last
     }
-  score_pairs(cb, z, s, pairs);
-  found.scored += pairs;
+    score_pairs(cb, z, s, j, j + whole);
+    for (int i = whole; i < stride; ++i) s.score[j + i] = v == 0 ? 0 : __builtin_inff();  // ties with nothing
+  }
+  found.scored += whole * width;
   // each lane's lowest, side by side
   float low[kMaxRows], slack[kMaxRows];
   uint32_t code[kMaxRows];
@@ -155,7 +157,8 @@ static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s
     *reinterpret_cast<IntVecAtAny*>(code + i) = of;
   }
   if (__builtin_expect(VQK_NONZERO(tie) != 0, 0))
-    for (int j = 0; j < pairs; ++j) note(s, s.place[j], s.code[j], s.score[j], found);
+    for (int v = 0; v < width; ++v)
+      for (int j = v * stride; j < v * stride + count; ++j) note(s, s.place[j], s.code[j], s.score[j], found);
   else
     for (int i = 0; i < count; ++i) note(s, places[i], code[i], low[i], found);
 }

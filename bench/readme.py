@@ -27,7 +27,7 @@ def bench_table(machine: str) -> str:
     lines = [
         f"{c['processor']}, {c['threads']} threads, {c['simd']}; measured limits {c['peak_gflops']} GFLOP/s fp32{_note(c)} and {c['copy_gbps']} GB/s copy; "
         f"torch {c['torch']}, faiss-cpu {c['faiss-cpu']}, vector-quantize-pytorch {c['vector-quantize-pytorch']}; commit {c['commit']}; "
-        f"`vqkernels bench --seconds 1 --json bench/results/{path.name}`. The limit is the fp32 peak for searches, copy bandwidth for the others.",
+        f"`vqkernels bench --seconds 1 --json bench/results/{path.name}` with `--op` for each. The limit is the fp32 peak for searches, copy bandwidth for the others.",
         "",
         "| operator | shape | vqkernels | of the limit | extra memory | fastest alternative | we are | vector-quantize-pytorch |",
         "|---|---|---|---|---|---|---|---|",

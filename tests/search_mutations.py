@@ -1,6 +1,7 @@
 """Mutations of the search by bytes on the CPU and of codebooks kept between calls; tests/mutations.py makes them."""
 
 BYTE_ROWS, BYTES = "csrc/cpu/nearest_codeword_byte_rows.h", "csrc/cpu/nearest_codeword_byte_search.h"
+PRODUCTS = "csrc/cpu/nearest_codeword_bytes.h"
 CANDIDATES, CACHE = "csrc/cpu/nearest_codeword_byte_candidates.h", "csrc/cpu/nearest_codeword_cache.cpp"
 DRIVER, KERNEL = "tests/test_cpp.py", "tests/test_nearest_codeword.py"
 
@@ -19,6 +20,8 @@ MUTATIONS = {
         CANDIDATES, r"last_code = static_cast<uint32_t>\(cb\.K - 1\)", "last_code = static_cast<uint32_t>(cb.K - 2)", DRIVER),
     "kernel: bytes score one codeword of a lane": (
         CANDIDATES, r"const int width = cb\.byte_group, stride", "const int width = 1, stride", DRIVER),
+    "kernel: few features take half of a group": (
+        PRODUCTS, r"half < 2; \+\+half, start", "half < 1; ++half, start", DRIVER),
     "kernel: the lowest lane is one group off": (
         CANDIDATES, r"\(lowest & b\.tags\) \* kTickLanes", "((lowest & b.tags) ^ 1) * kTickLanes", DRIVER),
     "kernel: other lanes of the lowest's vector are forgotten": (

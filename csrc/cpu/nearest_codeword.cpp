@@ -44,16 +44,28 @@ int choose_byte_group(int64_t K, int64_t D) {
   return group;
 }
 
+// Panels of bytes of `width` codewords: whole groups.
+int64_t byte_panels(const Codebook& cb, int64_t width) {
+  return ceil_div(cb.K, width / 2 * cb.byte_group) * (cb.byte_group / 2);
+}
+
 // Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
 // they save, and the codebook must be worth a second packing.
-bool use_integers(int64_t K, int64_t D, int64_t rows) { return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64; }
+bool use_integers(int64_t K, int64_t D, int64_t rows) {
+#ifdef VQK_TEST_FLOATS  // floats alone, to measure them
+  return false;
+#endif
+  return D >= 16 && D <= 1 << 14 && K >= 64 && rows >= 64;
+}
 
 // The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, too many
 // where features are few. Measured at every SIMD level; format.chunk: beyond, AVX2 adds several sums.
 bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DType dtype) {
   if (format.width == 0 || dtype == DType::f64 || D > 1024) return false;
-#ifdef VQK_TEST_BYTES  // wherever they can be used
+#if defined(VQK_TEST_BYTES)  // wherever they can be used
   return true;
+#elif defined(VQK_TEST_FLOATS)
+  return false;
 #endif
   return D >= 6 && K >= (D <= format.chunk ? 128 : 256) && rows >= 1024;
 }
@@ -214,7 +226,8 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     cb.mean = mean;
     for (int64_t d = 0; d < cb.D; ++d) cb.mean_norm += static_cast<double>(mean[d]) * mean[d];
     cb.mean_norm = std::sqrt(cb.mean_norm);
-    const int64_t panels = ceil_div(cb.K, width), step = kPanelCodewords / width;
+    cb.byte_group = choose_byte_group(cb.K, cb.D);
+    const int64_t panels = byte_panels(cb, width), step = kPanelCodewords / width;
     for (int64_t first = 0; first < panels; first += step)
       tasks.push_back({&cb, first, std::min(first + step, panels)});
   }
@@ -235,8 +248,7 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     cb.byte_unit = static_cast<float>(std::max(most.peak / format.largest, length) * (1 + 0x1p-20));
     if (!(cb.byte_unit > 0x1p-50 && cb.byte_unit < 0x1p50)) continue;  // all equal, or far out
     cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / format.half_norm : 0.0;
-    cb.byte_group = choose_byte_group(cb.K, cb.D);
-    const int64_t panels = ceil_div(cb.K, width), chunks = ceil_div(cb.D, format.chunk);
+    const int64_t panels = byte_panels(cb, width), chunks = ceil_div(cb.D, format.chunk);
     const int64_t steps = ceil_div(cb.D, format.features);
     cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
     cb.half_norms8 = allocate(panels * width * format.features);

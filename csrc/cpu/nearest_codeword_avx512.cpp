@@ -41,41 +41,49 @@
 #define VQK_NONZERO(x) static_cast<unsigned>(_mm512_test_epi32_mask((__m512i)(x), (__m512i)(x)))
 #endif
 
-#ifdef VQK_VNNI
-#define VQK_INTEGER
+#define VQK_BYTES
+#define VQK_STORE_BYTES(p, x) store_low_bytes(p, x)
+#define VQK_LOWEST_TICKS(x) lowest_lane(x)
 #if defined(VQK_EMULATE_AVX512)
 #define VQK_PAIR(p) (IntVec{} + load_pair(p))
-#define VQK_MADD(x, c, sum) ((sum) + (IntVec)(low16(x) * low16(c)) + (IntVec)(high16(x) * high16(c)))
-#define VQK_TO_FLOAT(x) __builtin_convertvector((SignedVec)(x), Vec)
-#else
-#define VQK_PAIR(p) ((IntVec)_mm512_set1_epi32(static_cast<int>(load_pair(p))))
-#define VQK_MADD(x, c, sum) dot_pairs(x, c, sum)
-#define VQK_TO_FLOAT(x) _mm512_cvtepi32_ps((__m512i)(x))
-#endif
-
-#define VQK_BYTES
-#define VQK_QUADS
-#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
-#if defined(VQK_EMULATE_AVX512)
-#define VQK_STORE_BYTES(p, x) store_low_bytes(p, x)
 #define VQK_MIN_TICKS(a, b) ((a) < (b) ? (a) : (b))
 #define VQK_MAX_TICKS(a, b) ((a) < (b) ? (b) : (a))
-#define VQK_LOWEST_TICKS(x) lowest_lane(x)
 #define VQK_WITHIN(x, limit) nonzero((x) <= (limit))
 #define VQK_LOAD_FIRST(p, n) load_first(p, n)
 #else
-#define VQK_STORE_BYTES(p, x) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
-#define VQK_MIN_TICKS(a, b) ((Ticks)_mm512_min_epi32((__m512i)(a), (__m512i)(b)))
-#define VQK_MAX_TICKS(a, b) ((Ticks)_mm512_max_epi32((__m512i)(a), (__m512i)(b)))
-#define VQK_LOWEST_TICKS(x) _mm512_reduce_min_epi32((__m512i)(x))
-#define VQK_WITHIN(x, limit) static_cast<unsigned>(_mm512_cmple_epi32_mask((__m512i)(x), (__m512i)(limit)))
+#define VQK_PAIR(p) ((IntVec)_mm512_set1_epi32(static_cast<int>(load_pair(p))))
 #define VQK_LOAD_FIRST(p, n) _mm512_maskz_loadu_ps((1u << (n)) - 1, p)
 #endif
+
+#ifdef VQK_VNNI
+#define VQK_INTEGER
+#define VQK_QUADS
+#define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
+#if defined(VQK_EMULATE_AVX512)
+#define VQK_MADD(x, c, sum) ((sum) + (IntVec)(low16(x) * low16(c)) + (IntVec)(high16(x) * high16(c)))
+#define VQK_TO_FLOAT(x) __builtin_convertvector((SignedVec)(x), Vec)
+#else
+#define VQK_MADD(x, c, sum) dot_pairs(x, c, sum)
+#define VQK_TO_FLOAT(x) _mm512_cvtepi32_ps((__m512i)(x))
+#define VQK_MIN_TICKS(a, b) ((Ticks)_mm512_min_epi32((__m512i)(a), (__m512i)(b)))
+#define VQK_MAX_TICKS(a, b) ((Ticks)_mm512_max_epi32((__m512i)(a), (__m512i)(b)))
+#define VQK_WITHIN(x, limit) static_cast<unsigned>(_mm512_cmple_epi32_mask((__m512i)(x), (__m512i)(limit)))
+#endif
+#elif defined(VQK_EMULATE_AVX512)
+#define VQK_MADD_BYTES(x, c) madd_bytes(x, c)
+#define VQK_MULHRS(a, b) mulhrs((Shorts)(a), (Shorts)(b))
+#define VQK_SUBS(a, b) subs((Shorts)(a), (Shorts)(b))
+#else
+#define VQK_MADD_BYTES(x, c) ((Ticks)_mm512_maddubs_epi16((__m512i)(x), (__m512i)(c)))
+#define VQK_MULHRS(a, b) ((Ticks)_mm512_mulhrs_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_SUBS(a, b) ((Ticks)_mm512_subs_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_MIN_TICKS(a, b) ((Ticks)_mm512_min_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_MAX_TICKS(a, b) ((Ticks)_mm512_max_epi16((__m512i)(a), (__m512i)(b)))
+#define VQK_WITHIN(x, limit) static_cast<unsigned>(_mm512_cmple_epi16_mask((__m512i)(x), (__m512i)(limit)))
 #endif
 
 namespace vqk::cpu {
 namespace {
-#ifdef VQK_VNNI
 inline uint32_t load_pair(const void* p) {
   uint32_t pair;
   __builtin_memcpy(&pair, p, 4);
@@ -83,6 +91,28 @@ inline uint32_t load_pair(const void* p) {
 }
 #if defined(VQK_EMULATE_AVX512)
 typedef int32_t SignedVec __attribute__((vector_size(64)));
+typedef int16_t Shorts __attribute__((vector_size(64)));
+template <class Mask>
+inline unsigned nonzero(const Mask& m) {
+  unsigned bits = 0;
+  for (unsigned i = 0; i < sizeof m / sizeof m[0]; ++i) bits |= static_cast<unsigned>(m[i] != 0) << i;
+  return bits;
+}
+inline __m512 load_first(const float* p, int n) {
+  __m512 x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+template <class Bits>
+inline void store_low_bytes(uint8_t* p, const Bits& x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
+template <class Lanes>
+inline int32_t lowest_lane(const Lanes& x) {
+  int32_t lowest = x[0];
+  for (unsigned i = 1; i < sizeof x / sizeof x[0]; ++i) lowest = x[i] < lowest ? x[i] : lowest;
+  return lowest;
+}
 template <class Bits>
 inline SignedVec low16(const Bits& x) {
   return (SignedVec)(x << 16) >> 16;
@@ -96,21 +126,34 @@ inline Bits dot_bytes(const Bits& x, const Bits& c, Bits sum) {
   for (int f = 0; f < 4; ++f) sum += (Bits)((SignedVec)(x >> 8 * f & 255) * ((SignedVec)(c << (24 - 8 * f)) >> 24));
   return sum;
 }
-inline __m512 load_first(const float* p, int n) {
-  __m512 x = {};
-  for (int i = 0; i < n; ++i) x[i] = p[i];
+template <class Bits>
+inline Shorts madd_bytes(const Bits& x, const Bits& c) {
+  const Shorts a = (Shorts)x, b = (Shorts)c;
+  return (a & 255) * (b << 8 >> 8) + (a >> 8 & 255) * (b >> 8);
+}
+inline Shorts mulhrs(const Shorts& a, const Shorts& b) {
+  Shorts x = {};
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<int16_t>((a[i] * b[i] + (1 << 14)) >> 15);
   return x;
 }
-template <class Bits>
-inline void store_low_bytes(uint8_t* p, const Bits& x) {
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(x[i]);
-}
-inline int32_t lowest_lane(const SignedVec& x) {
-  int32_t lowest = x[0];
-  for (int i = 1; i < 16; ++i) lowest = x[i] < lowest ? x[i] : lowest;
-  return lowest;
+inline Shorts subs(const Shorts& a, const Shorts& b) {
+  Shorts x = {};
+  for (int i = 0; i < 32; ++i) {
+    const int y = a[i] - b[i];
+    x[i] = static_cast<int16_t>(y < -32768 ? -32768 : y > 32767 ? 32767 : y);
+  }
+  return x;
 }
 #else
+template <class Bits>
+inline void store_low_bytes(uint8_t* p, const Bits& x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+}
+#ifdef VQK_VNNI
+template <class Lanes>
+inline int32_t lowest_lane(const Lanes& x) {
+  return _mm512_reduce_min_epi32((__m512i)x);
+}
 // In assembly because GCC keeps a copy of every sum in memory beside its intrinsics: half the speed.
 template <class Bits>
 inline Bits dot_bytes(const Bits& x, const Bits& c, Bits sum) {
@@ -122,15 +165,15 @@ inline Bits dot_pairs(const Bits& x, const Bits& c, Bits sum) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(c));
   return sum;
 }
-#endif
-#endif
-#if defined(VQK_EMULATE_AVX512)
-template <class Mask>
-inline unsigned nonzero(const Mask& m) {
-  unsigned bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(m[i] != 0) << i;
-  return bits;
+#else
+template <class Lanes>
+inline int16_t lowest_lane(const Lanes& x) {
+  const __m128i flip = _mm_set1_epi16(-0x8000);  // the instruction compares unsigned
+  const __m256i half = _mm256_min_epi16(_mm512_castsi512_si256((__m512i)x), _mm512_extracti64x4_epi64((__m512i)x, 1));
+  const __m128i quarter = _mm_min_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return static_cast<int16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, flip))) ^ 0x8000);
 }
+#endif
 #endif
 #include "nearest_codeword_kernel.h"
 }  // namespace
@@ -139,8 +182,8 @@ inline unsigned nonzero(const Mask& m) {
 extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, half_norms, pack, search,
                                          scan, scratch_bytes, byte_lengths, pack_bytes};
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, {}, convert, normalize, half_norms, pack, search, scan,
-                                         scratch_bytes, nullptr, nullptr};
+extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, kByteFormat, convert, normalize, half_norms, pack,
+                                           search, scan, scratch_bytes, byte_lengths, pack_bytes};
 #endif
 }  // namespace vqk::cpu
 

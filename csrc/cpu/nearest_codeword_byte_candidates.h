@@ -1,9 +1,10 @@
 // What the coarse pass in bytes leaves. Part of nearest_codeword_bytes.h.
 //
-// A few tiles of rows at a time:
+// A few tiles of rows at a time, minima of all codewords of a block leave each row's lowest lane, and a list of others not
+// too far above it. Then, for all rows of the task:
 //
-//   minima of all codewords of a block -> each row's lowest lane -> the codewords behind it in fp32: they exist, so
-//   nothing further than the nearest of them can win -> the other lanes within that limit, of which there are few
+//   the codewords behind the lowest lanes in fp32: they exist, so nothing further than the nearest of them can win
+//   -> those behind the other lanes within that limit, of which there are few
 //
 // The low bits of a minimum are overwritten with the number of its group, so that the lowest one says where it was.
 
@@ -29,25 +30,16 @@ struct Candidates {  // how many there are in ByteScratch; codewords scored so f
   int64_t scored = 0;
 };
 
-// |c|^2 / 2 - z.c in fp32 of the pairs [first, last) in s, a multiple of four.
-VQK_INLINE void score_pairs(const Codebook& cb, const float* z, const ByteScratch& s, int first, int last) {
-  const int64_t D = cb.D;
-  const int* const place = s.place;
-  const uint32_t* const code = s.code;
-  for (int j = first; j < last; j += 4) {
-    const float *x[4], *c[4];
-    for (int r = 0; r < 4; ++r) {
-      x[r] = z + s.rows->order[place[j + r]] * D;
-      c[r] = static_cast<const float*>(cb.rows) + code[j + r] * D;
+// sum[r] -= products of features of x[r], or of x[0], and c[r], lane by lane.
+template <bool OneRow>
+VQK_INLINE void subtract_products(const float* const* x, const float* const* c, int64_t D, Vec* sum) {
+  for (int64_t d = 0; d < D; d += kLanes) {
+    Vec y = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      if (!OneRow || r == 0) y = -features(x[r], d, D);
+      sum[r] = VQK_FMA(y, features(c[r], d, D), sum[r]);
     }
-    Vec sum[4] = {};
-    for (int64_t d = 0; d < D; d += kLanes)
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) sum[r] = VQK_FMA(features(x[r], d, D), features(c[r], d, D), sum[r]);
-    const float* half = cb.half_norms;
-    const Four halves = {half[code[j]], half[code[j + 1]], half[code[j + 2]], half[code[j + 3]]};
-    const Four scores = halves - sums_of_lanes(sum);
-    __builtin_memcpy(s.score + j, &scores, sizeof scores);
   }
 }
 
@@ -91,16 +83,6 @@ static int drop_lanes(const ByteScratch& s, int count) {
   return kept;
 }
 
-// Makes room for lanes in the same way.
-static __attribute__((noinline)) void prune_lanes(const ByteScratch& s, Candidates& found) {
-  int of_place[kMaxRows] = {};
-  found.lanes = drop_lanes(s, found.lanes);
-  if (found.lanes < kByteCandidates / 2) return;
-  for (int j = 0; j < found.lanes; ++j)
-    if (++of_place[s.candidate_place[j]] > kByteCandidates / 2 / kMaxRows) give_up(*s.rows, s.candidate_place[j]);
-  found.lanes = drop_lanes(s, found.lanes);
-}
-
 // Takes note of a codeword's fp32 score.
 VQK_INLINE void note(const ByteScratch& s, int place, uint32_t code, float score, Candidates& found) {
   ByteRows& b = *s.rows;
@@ -120,20 +102,102 @@ VQK_INLINE void note(const ByteScratch& s, int place, uint32_t code, float score
   }
 }
 
+// Those of 8 codewords side by side, from `first` on.
+VQK_INLINE Eight score_neighbours(const Codebook& cb, const float* x, uint32_t first) {
+  const float *c[8], *start = static_cast<const float*>(cb.rows) + first * cb.D;
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) c[r] = start + r * cb.D;
+  Vec sum[8] = {};
+  subtract_products<true>(&x, c, cb.D, sum);
+  Eight half;
+  __builtin_memcpy(&half, cb.half_norms + first, sizeof half);
+  return half + sums_of_eight(sum);
+}
+
+#if VQK_LANES == 16
+// Those of 16 with 8 features, two to a vector: the even ones first, then the odd ones.
+VQK_INLINE Vec score_neighbours_of_eight_features(const Codebook& cb, const float* x, uint32_t first) {
+  const float* const c = static_cast<const float*>(cb.rows) + first * 8;
+  Eight once;
+  __builtin_memcpy(&once, x, sizeof once);
+  const Vec twice = -__builtin_shufflevector(once, once, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  Vec product[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) product[r] = twice * load(c + 16 * r);
+  const Vec half = load(cb.half_norms + first);
+  return __builtin_shufflevector(half, half, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15) +
+         halves_of_eight(product);
+}
+#endif
+
+// score_lanes where a lane's codewords fill vectors.
+VQK_INLINE void score_wide_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count,
+                                 const int* places, const uint32_t* lanes, Candidates& found) {
+  const uint32_t width = cb.byte_group, last = static_cast<uint32_t>(cb.K - width);
+  for (int i = 0; i < count; ++i) {
+    const int place = places[i];
+    const float* const x = z + s.rows->order[place] * cb.D;
+    const uint32_t first = lanes[i] * width < last ? lanes[i] * width : last;
+    float score[kMostByteGroup];
+    uint32_t near;  // bit v: codeword first + v is within the slack of the lowest
+    float low;
+#if VQK_LANES == 16
+    Vec scores;
+    const bool twice = cb.D == 8 && width == 16;
+    if (twice) {
+      scores = score_neighbours_of_eight_features(cb, x, first);
+    } else {
+      const Eight a = score_neighbours(cb, x, first);
+      const Eight b = width == 16 ? score_neighbours(cb, x, first + 8) : Eight{} + __builtin_inff();
+      scores = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+    low = lowest(scores);
+    near = VQK_NONZERO(scores <= VQK_SPLAT(low + s.rows->slack[place]));
+    auto code = [&](int v) __attribute__((always_inline)) { return first + (twice ? 2 * (v & 7) + (v >> 3) : v); };
+    store(score, scores);
+#else
+    const Eight a = score_neighbours(cb, x, first);
+    const Eight b = width == 16 ? score_neighbours(cb, x, first + 8) : Eight{} + __builtin_inff();
+    low = lowest(VQK_MIN(a, b));
+    const Vec limit = VQK_SPLAT(low + s.rows->slack[place]);
+    near = VQK_NONZERO(a <= limit) | VQK_NONZERO(b <= limit) << 8;
+    auto code = [&](int v) __attribute__((always_inline)) { return first + v; };
+    store(score, a), store(score + 8, b);
+#endif
+    note(s, place, code(__builtin_ctz(near)), (near & (near - 1)) ? score[__builtin_ctz(near)] : low, found);
+    while (__builtin_expect((near &= near - 1) != 0, 0))
+      note(s, place, code(__builtin_ctz(near)), score[__builtin_ctz(near)], found);
+  }
+  found.scored += count * width;
+}
+
 // Scores the cb.byte_group codewords behind lanes[0..count) of places[0..count) in fp32. count: kMaxRows at most, and
 // both may be written up to a multiple of kLanes.
 static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count, int* places,
                         uint32_t* lanes, Candidates& found) {
-  const int width = cb.byte_group, whole = (count + 3) / 4 * 4, stride = (count + kLanes - 1) / kLanes * kLanes;
+  const int width = cb.byte_group, whole = (count + 7) / 8 * 8, stride = (count + kLanes - 1) / kLanes * kLanes;
   const uint32_t last_code = static_cast<uint32_t>(cb.K - 1);
+  if (width >= 8) return score_wide_lanes(cb, z, s, count, places, lanes, found);
   for (int i = count; i < stride; ++i) places[i] = places[count - 1], lanes[i] = lanes[count - 1];
   for (int v = 0, j = 0; v < width; ++v, j += stride) {
     for (int i = 0; i < stride; ++i) {
-      const uint32_t k = (lanes[i] / kTickLanes * width + v) * kTickLanes + lanes[i] % kTickLanes;
+      const uint32_t k = lanes[i] * width + v;
       s.place[j + i] = places[i];
-      s.code[j + i] = k < last_code ? k : last_code;  // beyond the last codeword the last
+      s.code[j + i] = k < last_code ? k : last_code;
     }
-    score_pairs(cb, z, s, j, j + whole);
+    for (int i = j; i < j + whole; i += 8) {
+      const float *x[8], *c[8];
+      Vec sum[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) {
+        x[r] = z + s.rows->order[s.place[i + r]] * cb.D;
+        c[r] = static_cast<const float*>(cb.rows) + s.code[i + r] * cb.D;
+        sum[r] = Vec{cb.half_norms[s.code[i + r]]};
+      }
+      subtract_products<false>(x, c, cb.D, sum);
+      const Eight e = sums_of_eight(sum);
+      __builtin_memcpy(s.score + i, &e, sizeof e);
+    }
     for (int i = whole; i < stride; ++i) s.score[j + i] = v == 0 ? 0 : __builtin_inff();  // ties with nothing
   }
   found.scored += whole * width;
@@ -163,20 +227,63 @@ static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s
     for (int i = 0; i < count; ++i) note(s, places[i], code[i], low[i], found);
 }
 
+// Scores the lowest lanes of rows[0..count): nothing beyond their nearest can win. As score_lanes.
+VQK_INLINE void settle(const Codebook& cb, const float* z, const ByteScratch& s, int start, int last, int count, int* rows,
+                       uint32_t* lanes, Candidates& found) {
+  ByteRows& b = *s.rows;
+  score_lanes(cb, z, s, count, rows, lanes, found);
+  for (int j = start; j < last; ++j) {  // all of them are here
+    const double limit = (b.nearest[j] + b.shift[j]) * b.ticks[j] + b.eps[j], known = b.limit[j];
+    // towards zero: no lower than the floor
+    b.limit[j] = static_cast<int>(limit < known ? (limit < kNoTicks ? kNoTicks : limit) : known);
+    b.settled[j] = b.best[j];
+  }
+}
+
+// The same for those that have not been settled; drops the lanes which that excludes.
+static void settle_all(const Codebook& cb, const float* z, const ByteScratch& s, Candidates& found) {
+  const ByteRows& b = *s.rows;
+  int list[kPlaces], count = 0;
+  uint32_t lanes[kPlaces];
+  for (int j = 0; j < b.count; ++j) {
+    list[count] = j, lanes[count] = b.lane[j];
+    count += (b.best[j] != b.settled[j]) & (b.best[j] != kNoTicks);
+  }
+  settle(cb, z, s, 0, b.count, count, list, lanes, found);
+  found.lanes = drop_lanes(s, found.lanes);
+}
+
+// Makes room for lanes, if need be at the expense of rows with many.
+static __attribute__((noinline)) void prune_lanes(const Codebook& cb, const float* z, const ByteScratch& s,
+                                                  Candidates& found) {
+  int of_place[kMaxRows] = {};
+  settle_all(cb, z, s, found);
+  if (found.lanes < kByteCandidates / 2) return;
+  for (int j = 0; j < found.lanes; ++j)
+    if (++of_place[s.candidate_place[j]] > kByteCandidates / 2 / kMaxRows) give_up(*s.rows, s.candidate_place[j]);
+  found.lanes = drop_lanes(s, found.lanes);
+}
+
 // Filters rows [start, last), whole tiles but for the last. s.minima: [tile][groups][kTileRows][kTickLanes] of lanes that
-// start at `lane`.
+// start at `lane`. Later: than the first block.
+template <bool Later>
 static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s, int64_t groups, uint32_t lane,
                         int start, int last, Candidates& found) {
   constexpr int64_t kStep = kTileRows * kTickLanes;
-  constexpr int kRoom = kMaxRows + kLanes;
+  constexpr int kRoom = kByteCandidates - kBlockVectors * kTickLanes;  // for all lanes of a row
   ByteRows& b = *s.rows;
   Ticks low[kMaxRows], second[kMaxRows];  // of each lane over the groups
-  int scored[kMaxRows];                   // the row's lowest lane, if the row has had none as low; else -1
-  int list[kRoom], count = 0;             // of rows
-  uint32_t lanes[kRoom];
+  int skip[kMaxRows];                     // the row's lowest lane, which is not listed; -1: had that before
+  const int tags = (1 << b.tag_bits) - 1;
+  int list[kPlaces], count = 0;           // of rows
+  uint32_t lanes[kPlaces], once[kMaxRows], more[kMaxRows];
+  auto take = [&](int place, uint32_t of, int score) __attribute__((always_inline)) {
+    s.candidate_place[found.lanes] = place, s.candidate_lane[found.lanes] = of, s.candidate_score[found.lanes] = score;
+  };
+  if (found.lanes > kRoom - kMaxRows) prune_lanes(cb, z, s, found);
   const Tick* tile = s.minima;
   for (int first = start; first < last; first += kTileRows, tile += groups * kStep)
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kTileRows && first + r < last; ++r) {
       const Tick* m = tile + r * kTickLanes;
       Ticks a = load_ticks(m), c = Ticks{} + kMostTicks;
       for (int64_t g = 1; g < groups; ++g) {
@@ -184,56 +291,62 @@ static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s
         a = VQK_MIN_TICKS(a, x);
         c = VQK_MIN_TICKS(c, high);
       }
-      const int lowest = VQK_LOWEST_TICKS(a), i = first + r - start;
+      const int lowest = VQK_LOWEST_TICKS(a), j = first + r, i = j - start;
       low[i] = a, second[i] = c;
-      const unsigned within = VQK_WITHIN(a, Ticks{} + static_cast<Tick>(lowest));
-      const int at = (lowest & b.tags) * kTickLanes + __builtin_ctz(within), known = b.best[start + i];
-      const bool falls = (lowest < known) & (start + i < last);
-      list[count] = start + i;
-      lanes[count] = lane + static_cast<uint32_t>(at);
+      const int at = __builtin_ctz(VQK_WITHIN(a, Ticks{} + static_cast<Tick>(lowest)));
+      const int known = b.best[j];
+      const bool falls = lowest < known;
+      const uint32_t mask = -static_cast<uint32_t>(falls), was = b.lane[j];
+      const uint32_t is = lane + static_cast<uint32_t>((lowest & tags) * kTickLanes + at);
+      if (Later) {  // the lowest lane till now becomes one of the others
+        take(j, was, known);
+        found.lanes += falls;
+      }
+      list[count] = j, lanes[count] = is;
       count += falls;
-      scored[i] = falls ? at : -1;
-      b.best[start + i] = falls ? lowest : known;
+      b.best[j] = falls ? lowest : known;
+      b.lane[j] = was ^ ((is ^ was) & mask);
+      skip[i] = static_cast<int>(at | ~mask);
     }
-  score_lanes(cb, z, s, count, list, lanes, found);
-  for (int j = start; j < last; ++j) {
-    const double limit = (b.nearest[j] + b.shift[j]) * b.ticks[j] + b.eps[j], known = b.limit[j];
-    // towards zero: no lower than the floor
-    b.limit[j] = static_cast<int>(limit < known ? (limit < kNoTicks ? kNoTicks : limit) : known);
-  }
+  if (!Later) settle(cb, z, s, start, last, count, list, lanes, found);
+  else
+    for (int j = start; j < last; ++j) {  // the lowest lane stands for a codeword, too
+      const double limit = b.best[j] + 2 * b.eps[j], known = b.limit[j];
+      b.limit[j] = static_cast<int>(limit < known ? limit : known);
+    }
   count = 0;
   for (int j = start; j < last; ++j) {  // rows with other lanes within the limit
     const Ticks limit = Ticks{} + static_cast<Tick>(b.limit[j]);
-    const int at = scored[j - start];
-    const uint32_t one = at < 0 ? 0u : 1u << at % kTickLanes;
+    const int at = skip[j - start];
+    const uint32_t one = at < 0 ? 0u : 1u << at;
     const uint32_t others = VQK_WITHIN(low[j - start], limit) & ~one, twice = VQK_WITHIN(second[j - start], limit);
-    list[count] = j;
-    lanes[count] = others | twice << 16;
-    count += lanes[count] != 0;
+    list[count] = j, once[count] = others, more[count] = twice;
+    count += (others | twice) != 0;
   }
   for (int i = 0; i < count; ++i) {
     const int j = list[i];
-    if (found.lanes > kByteCandidates - kBlockVectors * kTickLanes) prune_lanes(s, found);
-    auto take = [&](int at, int score) __attribute__((always_inline)) {
-      s.candidate_place[found.lanes] = j;
-      s.candidate_lane[found.lanes] = lane + static_cast<uint32_t>(at);
-      s.candidate_score[found.lanes++] = score;
-    };
-    if (lanes[i] >> 16 == 0) {  // one group a lane, mostly
-      uint32_t bits = lanes[i];
+    if (found.lanes > kRoom) prune_lanes(cb, z, s, found);
+    if (more[i] == 0) {  // one group a lane, mostly
+      uint32_t bits = once[i];
       do {
         const int at = __builtin_ctz(bits);
         Tick score;
         __builtin_memcpy(&score, reinterpret_cast<const char*>(&low[j - start]) + at * sizeof(Tick), sizeof score);
-        take((score & b.tags) * kTickLanes + at, score);
+        take(j, lane + static_cast<uint32_t>((score & tags) * kTickLanes + at), score);
+        ++found.lanes;
         bits &= bits - 1;
       } while (bits);
       continue;
     }
     const Tick* m = s.minima + (j - start) / kTileRows * groups * kStep + (j - start) % kTileRows * kTickLanes;
+    const uint32_t lowest = skip[j - start] < 0 ? ~0u : b.lane[j];
     for (int g = 0; g < groups; ++g, m += kStep)
-      for (unsigned bits = VQK_WITHIN(load_ticks(m), Ticks{} + static_cast<Tick>(b.limit[j])); bits; bits &= bits - 1)
-        if (const int at = g * kTickLanes + __builtin_ctz(bits); at != scored[j - start]) take(at, m[at % kTickLanes]);
+      for (unsigned bits = VQK_WITHIN(load_ticks(m), Ticks{} + static_cast<Tick>(b.limit[j])); bits; bits &= bits - 1) {
+        const int at = __builtin_ctz(bits);
+        const uint32_t of = lane + static_cast<uint32_t>(g * kTickLanes + at);
+        take(j, of, m[at]);
+        found.lanes += of != lowest;
+      }
   }
 }
 
@@ -245,7 +358,8 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
   Candidates found;
   const int64_t steps = (cb.D + kStepFeatures - 1) / kStepFeatures;
   const int64_t chunks = (cb.D + kChunkFeatures - 1) / kChunkFeatures;
-  const int64_t panels = (cb.K + kByteWidth - 1) / kByteWidth;
+  const int64_t group_width = cb.byte_group * kTickLanes;
+  const int64_t panels = (cb.K + group_width - 1) / group_width * (cb.byte_group / 2);
   const int64_t panel_bytes = steps * kStepFeatures * kByteWidth;
   const Tick* starts = static_cast<const Tick*>(cb.starts8);
   const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8);
@@ -269,18 +383,12 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
       for (int start = begin; start < end; start += kTileRows) {
         for (int64_t line = 0; line < per_tile && next < next_end; line += 64, next += 64) __builtin_prefetch(next);
 #ifdef VQK_QUADS
-        if (panels_per_group > 1 && steps <= 4) {
+        if (panels_per_group > 1 && steps >= 2 && steps <= 4) {
+          auto* lowest = steps == 2 ? lowest_in_group_bytes<2> : steps == 3 ? lowest_in_group_bytes<3> : lowest_in_group_bytes<4>;
           for (int64_t p = first; p < last; p += panels_per_group, out += kStep) {
-            const int64_t count = last - p < panels_per_group ? last - p : panels_per_group;
-            Ticks lowest[kTileRows];
-            lowest_in_group_bytes(s.tiles + start * 4 * steps, steps, b.tile_ticks[start / kTileRows],
-                                  cb.panels8 + p * panel_bytes, starts + p * kByteWidth, half_norms + p * kByteWidth,
-                                  count, lowest);
-            const Tick kept = static_cast<Tick>(~b.tags), group = static_cast<Tick>((p - first) / panels_per_group);
-            const Ticks keep = Ticks{} + kept, tag = Ticks{} + group;
-#pragma GCC unroll 16
-            for (int r = 0; r < kTileRows; ++r)
-              *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = (lowest[r] & keep) | tag;
+            const Tick group = static_cast<Tick>((p - first) / panels_per_group);
+            lowest(s.tiles + start * 4 * steps, b.tile_ticks[start / kTileRows], cb.panels8 + p * panel_bytes,
+                   starts + p * kByteWidth, half_norms + p * kByteWidth, cb.byte_group, b.tag_bits, Ticks{} + group, out);
           }
           continue;
         }
@@ -288,9 +396,9 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
         for (int64_t p = first, in_group = 0; p < last; ++p) {
           Ticks lo[kTileRows], hi[kTileRows];
           const bool done = in_group + 1 == panels_per_group || p + 1 == last;
-          const Tick kept = static_cast<Tick>(done ? ~b.tags : -1);
+          const int tag_bits = done ? b.tag_bits : 0;
           const Tick group = static_cast<Tick>(done ? (p - first) / panels_per_group : 0);
-          const Ticks keep = Ticks{} + kept, tag = Ticks{} + group;
+          const Ticks tag = Ticks{} + group;
           const uint8_t* bytes = s.tiles + start * 4 * steps;
           const int8_t* panel = cb.panels8 + p * panel_bytes;
           const Tick* from = starts + p * chunks * kByteWidth;
@@ -305,14 +413,13 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
           for (int r = 0; r < kTileRows; ++r) {
             Ticks x = VQK_MIN_TICKS(lo[r], hi[r]);
             if (in_group) x = VQK_MIN_TICKS(x, load_ticks(out + r * kTickLanes));
-            x = (x & keep) | tag;
-            *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = x;
+            *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = with_tag(x, tag_bits, tag);
           }
           ++in_group;
           if (done) in_group = 0, out += kStep;
         }
       }
-      filter_rows(cb, z, s, groups, lane, begin, end, found);
+      (first == 0 ? filter_rows<false> : filter_rows<true>)(cb, z, s, groups, lane, begin, end, found);
     }
   }
   return found;

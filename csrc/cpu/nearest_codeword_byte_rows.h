@@ -47,6 +47,40 @@ VQK_INLINE float sum_of_lanes(Vec x) {
   return sums_of_lanes(one)[0];
 }
 
+// Of eight vectors, each one's sums over eight lanes: halves the number of vectors three times, within 128 bits at first.
+// 16 lanes: the lower sums, then the upper ones.
+VQK_INLINE Vec halves_of_eight(const Vec* x) {
+  Vec a[4], b[2];
+#if VQK_LANES == 16
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    a[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(x[2 * i], x[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(b[0], b[1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+         __builtin_shufflevector(b[0], b[1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    a[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+           __builtin_shufflevector(x[2 * i], x[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(b[0], b[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+VQK_INLINE Eight sums_of_eight(const Vec* x) {
+  const Vec sums = halves_of_eight(x);
+  return kLanes == 16 ? half_of(sums, false) + half_of(sums, true) : half_of(sums, false);
+}
+
 // Of four rows or codewords: squared lengths after centring, as a whole and of the longest chunk; the largest
 // magnitude; before centring the product with the mean. fp32 sums of D / kLanes or less and a few
 // more terms: off by 2^-17.
@@ -88,10 +122,12 @@ struct ByteRows {
   float unit[kPlaces], lost[kPlaces];                    // a (0: bytes cannot hold the row); |e|^2
   float slack[kPlaces];                                  // 2 eps of fp32 scores
   double shift[kPlaces], ticks[kPlaces], eps[kPlaces];   // (fp32 score + shift) * ticks is within eps of a score
-  // In the coarse pass, in ticks: units of the row's scores.
+  // In the coarse pass, in ticks: units of the row's scores, or 2^-tag_bits of them in quads.
   int best[kPlaces];         // lowest score seen
+  uint32_t lane[kPlaces];    // where that was
+  int settled[kPlaces];      // the one whose codewords have been scored in fp32
   int limit[kPlaces];        // nothing above can win; kNoTicks: the row is for the next pass
-  int tags;                  // low bits of scores that number their group
+  int tag_bits;              // low bits of minima that number their group
   float nearest[kPlaces];    // lowest fp32 score known, and whose it is
   uint32_t code[kPlaces];
   float tile_ticks[kMaxRows / kTileRows + 1];  // quads: of each tile
@@ -244,16 +280,20 @@ static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
   double most_lost = 0, most_length = 0;
   for (int64_t p = first; p < last; ++p)
     for (int j = 0; j < kByteWidth; ++j) {
-      const int64_t k = p * kByteWidth + j < cb.K ? p * kByteWidth + j : cb.K - 1;
+      const int64_t vector = 2 * p + j / kTickLanes, group = vector / cb.byte_group, lane = j % kTickLanes;
+      const int64_t at = (group * kTickLanes + lane) * cb.byte_group + vector % cb.byte_group;
+      const int64_t k = at < cb.K ? at : cb.K - 1;
       const float* row = static_cast<const float*>(cb.rows) + k * D;
       Vec lost = {};
-      double squares = 0;
+      Doubles squares4 = {};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t begin = chunk * kChunkFeatures, end = begin + kChunkFeatures < D ? begin + kChunkFeatures : D;
         Vec sum = {}, length = {};  // integers below 2^24: exact
         for (int64_t d = begin; d < end; d += kLanes) {
           Vec x = centred<true>(row, cb.mean, d, D);
-          for (int i = 0; i < kLanes; ++i) squares += static_cast<double>(x[i]) * x[i];
+          float y[kLanes];
+          store(y, x);
+          for (int i = 0; i < kLanes; i += kDoubles) squares4 += load_doubles(y + i) * load_doubles(y + i);
           const Vec n = to_multiples(x, unit, inverse);
           lost = VQK_FMA(x, x, lost);
           sum += n;
@@ -266,6 +306,8 @@ static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
         const int offset = 128 * static_cast<int>(sum_of_lanes(sum));
         starts[(p * chunks + chunk) * kByteWidth + j] = static_cast<Tick>(kQuads ? offset - 0x4b400000 : -offset);
       }
+      double squares = 0;
+      for (int i = 0; i < kDoubles; ++i) squares += squares4[i];
       CodeBytes* to = panels + p * steps * kByteWidth + j;
       for (int64_t d = 0; d < steps; ++d) __builtin_memcpy(to + d * kByteWidth, bytes + d * kStepFeatures, sizeof *to);
       const double half_norm = cb.l2 ? 0.5 * squares : 0.0;

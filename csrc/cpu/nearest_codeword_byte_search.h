@@ -12,8 +12,8 @@ static void bound_rows(const Codebook& cb, double tick, ByteRows& b) {
   const int64_t D = cb.D, chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
   const double rounded = kStepFeatures == 4 ? 3 : static_cast<double>(chunks) + 3;  // ticks a score is off by itself
   const int64_t groups = (cb.K + kTickLanes * cb.byte_group - 1) / (kTickLanes * cb.byte_group);
-  for (b.tags = 1; b.tags < groups && b.tags < kBlockVectors;) b.tags *= 2;
-  --b.tags;
+  for (b.tag_bits = 0; 1 << b.tag_bits < groups && 1 << b.tag_bits < kBlockVectors;) ++b.tag_bits;
+  const int tags = 1 << b.tag_bits, fine = kStepFeatures == 4 ? tags : 1;
   const double c_norm = cb.norm, c_row = cb.byte_row, c_error = cb.byte_error, mean_norm = cb.mean_norm;
   const double mean_part = L2 ? 0.5 * mean_norm * mean_norm : 0.0, doubled = cb.certified ? 2 : 0;
   double window[kPlaces], window32[kPlaces];
@@ -24,18 +24,19 @@ static void bound_rows(const Codebook& cb, double tick, ByteRows& b) {
                          (L2 ? 0x1p-23 * (norm + length) : 0.0);
     const double eps = byte_error_bound(D, norm, length, error, c_norm, c_row, c_error, L2);
     const double eps32 = score_error_bound(D, norm, c_norm, L2, 0.0);
-    const double most = 2 * (eps * ticks + rounded) + 1;
-    window[j] = most;
+    window[j] = (2 * (eps * ticks + rounded) + 1) * fine;
     window32[j] = eps32;
     b.slack[j] = static_cast<float>(doubled * eps32);
     // Centred scores differ from others by the same for all codewords; fp32 sums know z.mean to 2^-17.
     b.shift[j] = b.along[j] - mean_part;
-    b.eps[j] = (eps + 2 * eps32 + 0x1p-17 * norm * mean_norm) * ticks + rounded + b.tags + 1;
-    b.ticks[j] = ticks;
+    b.eps[j] = ((eps + 2 * eps32 + 0x1p-17 * norm * mean_norm) * ticks + rounded) * fine + tags;
+    b.ticks[j] = ticks * fine;
   }
   for (int j = 0; j < b.count; ++j) {
     const bool fits = window[j] < 0.9 * kMostTicks && window32[j] < 0x1p120;
     b.best[j] = b.limit[j] = fits ? kMostTicks : kNoTicks;
+    b.lane[j] = 0;
+    b.settled[j] = kMostTicks;
     b.nearest[j] = __builtin_inff();
     b.code[j] = 0;
   }
@@ -138,12 +139,12 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
   rows_to_bytes<L2>(cb, z, s.row, s.tiles, b);
   bound_rows<L2>(cb, tick, b);
   for (int j = 0; j < b.count; ++j)
-    if (kQuads) b.tile_ticks[j / kTileRows] = static_cast<float>(b.ticks[j]);
+    if (kQuads) b.tile_ticks[j / kTileRows] = static_cast<float>(b.ticks[j] / (1 << b.tag_bits));
     else
       s.factors[2 * j] = s.factors[2 * j + 1] =
           static_cast<int16_t>(__builtin_rint(cb.half_norm_unit * b.ticks[j] * 32768));
   Candidates found = (cb.D <= kChunkFeatures ? coarse_pass_bytes<true> : coarse_pass_bytes<false>)(cb, z, s, hints);
-  found.lanes = drop_lanes(s, found.lanes);
+  settle_all(cb, z, s, found);
   for (int c = 0; c < found.lanes; c += kMaxRows) {
     const int count = found.lanes - c < kMaxRows ? found.lanes - c : kMaxRows;
     score_lanes(cb, z, s, count, s.candidate_place + c, s.candidate_lane + c, found);

@@ -67,6 +67,16 @@ typedef Tick TicksAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(sizeo
 
 VQK_INLINE Ticks load_ticks(const Tick* p) { return *reinterpret_cast<const TicksAtAny*>(p); }
 
+// Minima with a number in their low bits: below the score in 32 bits, in place of what it has there in 16.
+VQK_INLINE Ticks with_tag(Ticks x, int bits, Ticks tag) {
+#ifdef VQK_QUADS
+  return (x << bits) | tag;
+#else
+  const Tick kept = static_cast<Tick>(-(1 << bits));
+  return (x & (Ticks{} + kept)) | tag;
+#endif
+}
+
 #ifdef VQK_QUADS
 // Scores of a tile of rows against one panel, lo and hi of its vectors. `ticks`: what half norms are multiplied by.
 VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, const int8_t* panel, const Tick* start,
@@ -93,28 +103,47 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
   for (int r = 0; r < kTileRows; ++r) lo[r] = (Ticks)sum0[r], hi[r] = (Ticks)sum1[r];
 }
 
-// The lowest scores of a tile of rows over the vectors of panels [0, panels): where features are few, keeping them in
-// registers matters more than reading a row's bytes once for two vectors.
-VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, int64_t steps, float ticks, const int8_t* panel,
-                                      const Tick* start, const HalfNorm* half_norms, int64_t panels, Ticks* lowest) {
+// The lowest scores of a tile of rows over the first `vectors` of its panels. Where features are few, loads are the
+// limit, one a cycle: codewords stay in registers for all rows of the tile, and so do the minima.
+template <int Steps>
+VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, float ticks, const int8_t* panel, const Tick* start,
+                                      const HalfNorm* half_norms, int64_t vectors, int tag_bits, Ticks tag, Tick* out) {
+  constexpr int kHeld = Steps <= 2 ? 4 : 2;
   const Vec round = VQK_SPLAT(0x1.8p23f), t = VQK_SPLAT(ticks);
-  const int64_t stride = 4 * steps;
+  Ticks lowest[kTileRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) lowest[r] = Ticks{} + kMostTicks;
-  for (int64_t p = 0; p < panels; ++p, panel += 4 * kByteWidth * steps)
-    for (int half = 0; half < 2; ++half, start += kLanes, half_norms += kLanes) {
-      const IntVec first = (IntVec)load_ticks(start) + (IntVec)VQK_FMA(load(half_norms), t, round);
-      IntVec sum[kTileRows];
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) sum[r] = first;
-      for (int64_t d = 0; d < steps; ++d) {
-        const IntVec c = *reinterpret_cast<const IntVecAtAny*>(panel + 4 * (kByteWidth * d + kLanes * half));
-#pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r) sum[r] = VQK_DOT_BYTES(VQK_PAIR(z + r * stride + 4 * d), c, sum[r]);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) lowest[r] = VQK_MIN_TICKS(lowest[r], (Ticks)sum[r]);
+  for (int64_t v = 0; v < vectors; v += kHeld, start += kHeld * kLanes, half_norms += kHeld * kLanes) {
+    asm("" : "+r"(z));  // or GCC keeps the rows in registers, which are for the minima
+    IntVec first[kHeld], c[kHeld][Steps];
+#pragma GCC unroll 4
+    for (int i = 0; i < kHeld; ++i) {
+      first[i] = (IntVec)load_ticks(start + i * kLanes) + (IntVec)VQK_FMA(load(half_norms + i * kLanes), t, round);
+      if (i % 2 == 0)
+#pragma GCC unroll 4
+        for (int d = 0; d < Steps; ++d, panel += 8 * kLanes) {
+          c[i][d] = *reinterpret_cast<const IntVecAtAny*>(panel);
+          c[i + 1][d] = *reinterpret_cast<const IntVecAtAny*>(panel + 4 * kLanes);
+        }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      IntVec sum[kHeld];
+#pragma GCC unroll 4
+      for (int i = 0; i < kHeld; ++i) sum[i] = first[i];
+#pragma GCC unroll 4
+      for (int d = 0; d < Steps; ++d) {
+        const IntVec x = VQK_PAIR(z + 4 * (r * Steps + d));
+#pragma GCC unroll 4
+        for (int i = 0; i < kHeld; ++i) sum[i] = VQK_DOT_BYTES(x, c[i][d], sum[i]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kHeld; ++i) lowest[r] = VQK_MIN_TICKS(lowest[r], (Ticks)sum[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r)
+    *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = with_tag(lowest[r], tag_bits, tag);
 }
 #else
 typedef uint16_t Sums __attribute__((vector_size(4 * VQK_LANES)));  // wrap around

@@ -19,23 +19,41 @@ MUTATIONS = {
     "kernel: bytes forget the last codeword": (
         CANDIDATES, r"last_code = static_cast<uint32_t>\(cb\.K - 1\)", "last_code = static_cast<uint32_t>(cb.K - 2)", DRIVER),
     "kernel: bytes score one codeword of a lane": (
-        CANDIDATES, r"const int width = cb\.byte_group, stride", "const int width = 1, stride", DRIVER),
+        CANDIDATES, r"const int width = cb\.byte_group, whole", "const int width = 1, whole", DRIVER),
     "kernel: few features take half of a group": (
-        PRODUCTS, r"half < 2; \+\+half, start", "half < 1; ++half, start", DRIVER),
+        PRODUCTS, r"v < vectors; v \+= kHeld", "v < vectors - kHeld; v += kHeld", DRIVER),
     "kernel: the lowest lane is one group off": (
-        CANDIDATES, r"\(lowest & b\.tags\) \* kTickLanes", "((lowest & b.tags) ^ 1) * kTickLanes", DRIVER),
+        CANDIDATES, r"\(lowest & tags\) \* kTickLanes", "((lowest & tags) ^ 1) * kTickLanes", DRIVER),
     "kernel: other lanes of the lowest's vector are forgotten": (
-        CANDIDATES, r"lanes\[count\] = others \| twice << 16", "lanes[count] = twice << 16", DRIVER),
+        CANDIDATES, r"others = VQK_WITHIN\(low\[j - start\], limit\) & ~one", "others = 0 * one", DRIVER),
     "kernel: other groups of a lane are forgotten": (
-        CANDIDATES, r"lanes\[count\] = others \| twice << 16", "lanes[count] = others", DRIVER),
+        CANDIDATES, r"twice = VQK_WITHIN\(second\[j - start\], limit\)", "twice = 0", DRIVER),
     "kernel: bytes take one other lane": (
         CANDIDATES, r"while \(bits\);", "while (false);", DRIVER),
     "kernel: a lane that did not fall counts as scored": (
-        CANDIDATES, r"scored\[i\] = falls \? at : -1", "scored[i] = at", DRIVER),
+        CANDIDATES, r"skip\[i\] = static_cast<int>\(at \| ~mask\)", "skip[i] = at", DRIVER),
+    "kernel: what was lowest is forgotten": (
+        CANDIDATES, r"found\.lanes \+= falls", "found.lanes += 0", DRIVER),
+    "kernel: later blocks keep the lowest lane alone": (
+        CANDIDATES, r"b\.best\[j\] \+ 2 \* b\.eps\[j\]", "b.best[j]", DRIVER),
+    "kernel: the lowest lane of later blocks is not scored": (
+        CANDIDATES, r"count \+= \(b\.best\[j\] != b\.settled\[j\]\)", "count += 0 * (b.best[j] != b.settled[j])", DRIVER),
+    "kernel: limits are in whole ticks": (
+        BYTES, r"fine = kStepFeatures == 4 \? tags : 1", "fine = 1", DRIVER),
+    "kernel: two codewords to a vector are taken in order": (
+        CANDIDATES, r"2 \* \(v & 7\) \+ \(v >> 3\)", "v", DRIVER),
+    "kernel: eight codewords of a lane of sixteen": (
+        CANDIDATES, r"width == 16 \? score_neighbours\(cb, x, first \+ 8\) : ", "", DRIVER),
+    "kernel: wide lanes forget the last codeword": (
+        CANDIDATES, r"last = static_cast<uint32_t>\(cb\.K - width\)", "last = static_cast<uint32_t>(cb.K - width - 1)", DRIVER),
+    "kernel: sums of eight vectors are of half of them": (
+        BYTE_ROWS, r"half_of\(sums, false\) \+ half_of\(sums, true\)", "half_of(sums, false) + half_of(sums, false)", DRIVER),
     "kernel: nearly equal codewords are not compared": (
         BYTES, r", decision\.add\(b\.order\[place\], s\.tie_code\[j\]\);", ";", DRIVER),
     "kernel: nearly equal codewords of a lane are not compared": (
         CANDIDATES, r"VQK_NONZERO\(tie\) != 0", "false", DRIVER),
+    "kernel: nearly equal codewords of a wide lane are not compared": (
+        CANDIDATES, r"\(near &= near - 1\) != 0", "false", DRIVER),
     "kernel: rows with many ties lose some": (
         CANDIDATES, r"give_up\(\*s\.rows, s\.tie_place\[j\]\)", "s.rows->nearest[s.tie_place[j]] = -__builtin_inff()", DRIVER),
     "kernel: rows with many lanes lose some": (

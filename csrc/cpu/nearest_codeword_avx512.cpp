@@ -4,9 +4,9 @@
 //   per d and tile   24 vfmadd231ps     2 per cycle (p0, p5; Zen 4: 1)      12 cycles
 //                     2 + 12 loads      2 per cycle                          7 cycles
 //
-// With VQK_VNNI (nearest_codeword_vnni.cpp) the coarse pass may be in integers: 24 vpdpwssd take two features where 24
-// vfmadd231ps take one, 24 vpdpbusd four. Without VNNI it takes a vpmaddwd and a vpaddd on the same two ports: no
-// gain, so fp32 stays.
+// The coarse pass in bytes takes 24 vpmaddubsw and 24 vpaddw for two features of twice as many codewords. With VQK_VNNI
+// (nearest_codeword_vnni.cpp) 24 vpdpbusd take four features where 24 vfmadd231ps take one, 24 vpdpwssd two. Without,
+// 16-bit integers would take a vpmaddwd and a vpaddd on the same two ports: no gain, so fp32 follows the bytes.
 //
 // VQK_EMULATE_AVX512 compiles the same logic as 64-byte vectors that the compiler lowers to AVX2: the
 // tests run it on machines without AVX-512.

@@ -1,12 +1,14 @@
 // What the coarse pass in bytes leaves. Part of nearest_codeword_bytes.h.
 //
-// A few tiles of rows at a time, minima of all codewords of a block leave each row's lowest lane, and a list of others not
-// too far above it. Then, for all rows of the task:
+// A few tiles of rows at a time:
 //
-//   the codewords behind the lowest lanes in fp32: they exist, so nothing further than the nearest of them can win
-//   -> those behind the other lanes within that limit, of which there are few
+//   minima of all codewords of a block -> each row's lowest lane -> the codewords behind it in fp32: they exist, so
+//   nothing further than the nearest of them can win -> the other lanes within that limit, of which there are few
 //
-// The low bits of a minimum are overwritten with the number of its group, so that the lowest one says where it was.
+// Blocks after the first list what is within two bounds of the lowest instead: most of what they would score is
+// beaten by a later one. All lists come after the last block: lowest lanes first, others if they can still win.
+//
+// The low bits of a minimum number its group, so that the lowest one says where it was.
 
 struct ByteScratch {
   ByteRows* rows;

@@ -11,7 +11,7 @@
 //   VQK_WITHIN(x, limit)              bit i = lane i <= limit
 //   VQK_LOAD_FIRST(p, n)      n < VQK_LANES floats, then zeros
 //
-// A vector of bytes takes four times as many features as one of floats. In pairs (AVX2) sums stay in 16 bits: a
+// A vector of bytes takes four times as many features as one of floats. In pairs (no VNNI) sums stay in 16 bits: a
 // multiply-add and an addition per 4 * VQK_LANES products, up to three times the fp32 peak. In quads (VNNI) it is one
 // instruction per 4 * VQK_LANES products: four times.
 //
@@ -30,6 +30,9 @@
 //        panel of codewords [D/2][4 * VQK_LANES][2]     rows of a tile [D/2][VQK_ROWS][2][2]
 //          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 z0 z0 | z1 z1 z1 z1 | ...
 //        quads: [D/4][2 * VQK_LANES][4]                 [VQK_ROWS][D/4][4]
+//
+// cb.byte_group vectors of scores are folded into one: the codewords behind one of its lanes are neighbours in the
+// codebook, so that scoring them again reads one piece of memory.
 //
 // The bound is about 3 % of |z||c|. Once one fp32 score is known nothing further than a bound above it can win: a few
 // codewords a row are scored in fp32 one by one, and where that leaves more than one, they are compared canonically.

@@ -281,6 +281,12 @@ int check() {
   for (int64_t K : {1024, 5000, 20000})
     check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
   check_nearest(random, "many codewords", duplicates, DType::f32, Metric::l2, 1, 101, 20000, 3, false);
+  // What bytes do differently: 2 to 4 steps of features, lanes of 4, 8 and 16 codewords, two of these to a vector, blocks.
+  constexpr int64_t kGroups[][2] = {{600, 7}, {9000, 8}, {3000, 11}, {20000, 12}, {1200, 14}, {20000, 33}, {9000, 100}};
+  for (const auto& [K, D] : kGroups)
+    for (const Draw& draw : {gaussian, duplicates})
+      check_nearest(random, "groups", draw, DType::f32, D % 2 ? Metric::l2 : Metric::dot, 1, 101, K, D, false);
+  check_nearest(random, "groups", gaussian, DType::f32, Metric::l2, 1, 101, 16500, 8, false);
   check_nearest(random, "long rows", gaussian, DType::f32, Metric::l2, 1, 50, 300, 1500, false);
   check_nearest(random, "many rows", duplicates, DType::f32, Metric::l2, 3, 5000, 40, 9, true);
   check_nearest(random, "no rows", gaussian, DType::f32, Metric::l2, 1, 0, 40, 9, false);

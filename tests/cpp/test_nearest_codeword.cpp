@@ -287,6 +287,7 @@ int check() {
     for (const Draw& draw : {gaussian, duplicates})
       check_nearest(random, "groups", draw, DType::f32, D % 2 ? Metric::l2 : Metric::dot, 1, 101, K, D, false);
   check_nearest(random, "groups", gaussian, DType::f32, Metric::l2, 1, 101, 16500, 8, false);
+  check_nearest(random, "every codeword", gaussian, DType::f32, Metric::l2, 1, 10000, 2100, 8, false);
   check_nearest(random, "long rows", gaussian, DType::f32, Metric::l2, 1, 50, 300, 1500, false);
   check_nearest(random, "many rows", duplicates, DType::f32, Metric::l2, 3, 5000, 40, 9, true);
   check_nearest(random, "no rows", gaussian, DType::f32, Metric::l2, 1, 0, 40, 9, false);

@@ -33,7 +33,7 @@ MUTATIONS = {
     "kernel: a lane that did not fall counts as scored": (
         CANDIDATES, r"skip\[i\] = static_cast<int>\(at \| ~mask\)", "skip[i] = at", DRIVER),
     "kernel: what was lowest is forgotten": (
-        CANDIDATES, r"found\.lanes \+= falls", "found.lanes += 0", DRIVER),
+        CANDIDATES, r"found\.lanes \+= falls & \(known != b\.settled\[j\]\)", "found.lanes += falls & (known == b.settled[j])", DRIVER),
     "kernel: later blocks keep the lowest lane alone": (
         CANDIDATES, r"b\.best\[j\] \+ 2 \* b\.eps\[j\]", "b.best[j]", DRIVER),
     "kernel: the lowest lane of later blocks is not scored": (

@@ -32,7 +32,7 @@ struct Candidates {  // how many there are in ByteScratch; codewords scored so f
   int64_t scored = 0;
 };
 
-// sum[r] -= products of features of x[r], or of x[0], and c[r], lane by lane.
+// Towards |c|^2 / 2 - z.c in fp32: sum[r] -= products of features of x[r], or of x[0], and c[r], lane by lane.
 template <bool OneRow>
 VQK_INLINE void subtract_products(const float* const* x, const float* const* c, int64_t D, Vec* sum) {
   for (int64_t d = 0; d < D; d += kLanes) {
@@ -104,7 +104,7 @@ VQK_INLINE void note(const ByteScratch& s, int place, uint32_t code, float score
   }
 }
 
-// Those of 8 codewords side by side, from `first` on.
+// The scores of 8 codewords side by side, from `first` on.
 VQK_INLINE Eight score_neighbours(const Codebook& cb, const float* x, uint32_t first) {
   const float *c[8], *start = static_cast<const float*>(cb.rows) + first * cb.D;
 #pragma GCC unroll 8
@@ -117,7 +117,7 @@ VQK_INLINE Eight score_neighbours(const Codebook& cb, const float* x, uint32_t f
 }
 
 #if VQK_LANES == 16
-// Those of 16 with 8 features, two to a vector: the even ones first, then the odd ones.
+// The scores of 16 with 8 features, two to a vector: the even ones first, then the odd ones.
 VQK_INLINE Vec score_neighbours_of_eight_features(const Codebook& cb, const float* x, uint32_t first) {
   const float* const c = static_cast<const float*>(cb.rows) + first * 8;
   Eight once;
@@ -300,9 +300,9 @@ static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s
       const bool falls = lowest < known;
       const uint32_t mask = -static_cast<uint32_t>(falls), was = b.lane[j];
       const uint32_t is = lane + static_cast<uint32_t>((lowest & tags) * kTickLanes + at);
-      if (Later) {  // the lowest lane till now becomes one of the others
+      if (Later) {  // the lowest lane till now becomes one of the others, if its codewords have not been scored
         take(j, was, known);
-        found.lanes += falls;
+        found.lanes += falls & (known != b.settled[j]);
       }
       list[count] = j, lanes[count] = is;
       count += falls;

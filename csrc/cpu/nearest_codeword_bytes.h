@@ -106,8 +106,8 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
   for (int r = 0; r < kTileRows; ++r) lo[r] = (Ticks)sum0[r], hi[r] = (Ticks)sum1[r];
 }
 
-// The lowest scores of a tile of rows over the first `vectors` of its panels. Where features are few, loads are the
-// limit, one a cycle: codewords stay in registers for all rows of the tile, and so do the minima.
+// The lowest scores of a tile of rows over the first `vectors` of its panels. Where features are few, what is not a
+// product counts: codewords stay in registers for all rows of the tile, and so do the minima.
 template <int Steps>
 VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, float ticks, const int8_t* panel, const Tick* start,
                                       const HalfNorm* half_norms, int64_t vectors, int tag_bits, Ticks tag, Tick* out) {

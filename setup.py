@@ -134,7 +134,7 @@ def make_plan(env):
         "compiler": run_output(*cxx, "--version").split("\n")[0],
         "flags": " ".join(tools["cxx_flags"]),
     }
-    info["simd"] = ["portable", "avx2", "avx512", "vnni"] if os.uname().machine == "x86_64" else ["portable"]
+    info["simd"] = ["portable", "avx2", "avxvnni", "avx512", "vnni"] if os.uname().machine == "x86_64" else ["portable"]
     if nvcc:
         known = {code.removeprefix("sm_") for code in run_output(nvcc, "--list-gpu-code").split()}
         tools["nvcc"], (tools["gencode"], info["cuda_archs"]) = nvcc, arch_flags(env.get("VQK_ARCHS"), known)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqkernels as vq
+from vqkernels import info
 from vqkernels.reference.nearest_codeword import nearest_codeword as reference
 from vqkernels.registry import AVAILABLE
 
@@ -173,8 +174,8 @@ class TestReproducible:
         z, c, want = data
         before = torch.ops.vqkernels.simd_level(-1)
         try:
-            for level in range(torch.ops.vqkernels.simd_level(4) + 1):  # those that this processor has
-                torch.ops.vqkernels.simd_level(level)
+            for level in info.simd_levels():
+                torch.ops.vqkernels.simd_level(info.SIMD.index(level))
                 self.assert_same(vq.nearest_codeword(z, c), want)
         finally:
             torch.ops.vqkernels.simd_level(before)

@@ -12,7 +12,7 @@ import torch
 from . import __version__, _ops
 from .registry import AVAILABLE
 
-SIMD = ("portable", "avx2", "avx512", "vnni")
+SIMD = ("portable", "avx2", "avxvnni", "avx512", "vnni")
 
 
 def processor() -> str:
@@ -29,6 +29,20 @@ def simd_level() -> str:
     """The SIMD level that the CPU kernels use, or why there are none."""
     reason = AVAILABLE["nearest_codeword"]["cpu"]
     return SIMD[torch.ops.vqkernels.simd_level(-1)] if reason is True else f"none ({reason})"
+
+
+def simd_levels() -> list[str]:
+    """The SIMD levels that this processor runs, the one in use by default last."""
+    level = torch.ops.vqkernels.simd_level
+    before, found = level(-1), []
+    for i, name in enumerate(SIMD):
+        try:
+            level(i)
+        except RuntimeError:  # it says that the processor does not run this one
+            continue
+        found.append(name)
+    level(before)
+    return found
 
 
 def machine() -> dict[str, str | int]:

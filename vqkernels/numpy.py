@@ -78,8 +78,8 @@ class CodebookUsage(NamedTuple):
 
 
 def simd_level(name: str = "") -> str:
-    """The SIMD level in use: "portable", "avx2", "avx512" or "vnni". With a name (or "auto") sets it first, for
-    this module."""
+    """The SIMD level in use: "portable", "avx2", "avxvnni", "avx512" or "vnni". With a name (or "auto") sets it
+    first, for this module."""
     return _native.simd_level(name)
 
 

@@ -68,7 +68,7 @@ void body(void* ctx, int64_t task) {
   Work& work = *static_cast<Work*>(ctx);
   float value;
 #if defined(__x86_64__)
-  value = work.level >= Simd::avx512 ? fma_avx512() : work.level == Simd::avx2 ? fma_avx2() : fma_portable();
+  value = work.level >= Simd::avx512 ? fma_avx512() : work.level >= Simd::avx2 ? fma_avx2() : fma_portable();
 #else
   value = fma_portable();
 #endif
@@ -79,7 +79,7 @@ void body(void* ctx, int64_t task) {
 
 double fma_peak_gflops(const Parallel& parallel) {
   Work work{simd_level(), {}};
-  const double lanes = work.level >= Simd::avx512 ? 16 : work.level == Simd::avx2 ? 8 : 4;
+  const double lanes = work.level >= Simd::avx512 ? 16 : work.level >= Simd::avx2 ? 8 : 4;
   double best = 0;
   // half a second: a core that is busy elsewhere for a moment must not lower the peak
   for (int repeat = 0; repeat < 100; ++repeat) {

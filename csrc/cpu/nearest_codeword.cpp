@@ -102,6 +102,7 @@ const SearchKernel& search_kernel() {
   switch (simd_level()) {
     case Simd::vnni: return vnni_kernel;
     case Simd::avx512: return avx512_kernel;
+    case Simd::avxvnni: return avxvnni_kernel;
     case Simd::avx2: return avx2_kernel;
     default: break;
   }

@@ -104,7 +104,7 @@ struct SearchKernel {
 
 extern const SearchKernel portable_kernel;
 #if defined(__x86_64__)
-extern const SearchKernel avx2_kernel, avx512_kernel, vnni_kernel;
+extern const SearchKernel avx2_kernel, avxvnni_kernel, avx512_kernel, vnni_kernel;
 #endif
 const SearchKernel& search_kernel();  // of simd_level()
 

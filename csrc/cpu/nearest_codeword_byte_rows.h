@@ -212,20 +212,19 @@ static void order_by_unit(ByteRows& b) {
 // largest. `scratch`: room for D + kLanes bytes.
 template <bool L2>
 static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, uint8_t* tiles, ByteRows& b) {
-  static_assert(kStepFeatures == 2 || kTileRows % 4 == 0);
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
   const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
   const int count = b.count;
   float unit = 0;
   for (int j = 0; j < count; j += 4) {
     Vec lost[4] = {};
-    if (kStepFeatures == 4 && j % kTileRows == 0) {
-      unit = 0;
-      for (int p = j; p < j + kTileRows && p < count; ++p) unit = b.unit[p] > unit ? b.unit[p] : unit;
-    }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const int place = j + r < count ? j + r : count - 1;
+      if (kStepFeatures == 4 && place % kTileRows == 0) {
+        unit = 0;
+        for (int p = place; p < place + kTileRows && p < count; ++p) unit = b.unit[p] > unit ? b.unit[p] : unit;
+      }
       const float* row = z + b.order[place] * D;
       const float a = kStepFeatures == 4 ? unit : b.unit[place], inverse = 1 / a;
       b.unit[place] = a;

@@ -111,7 +111,7 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
 template <int Steps>
 VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, float ticks, const int8_t* panel, const Tick* start,
                                       const HalfNorm* half_norms, int64_t vectors, int tag_bits, Ticks tag, Tick* out) {
-  constexpr int kHeld = Steps <= 2 ? 4 : 2;
+  constexpr int kHeld = Steps <= 2 && kLanes == 16 ? 4 : 2;  // 16 registers have room for no more
   const Vec round = VQK_SPLAT(0x1.8p23f), t = VQK_SPLAT(ticks);
   Ticks lowest[kTileRows];
 #pragma GCC unroll 16

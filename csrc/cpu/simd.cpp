@@ -12,7 +12,13 @@
 namespace vqk {
 namespace {
 
-Simd detect() {
+constexpr Simd kLevels[] = {Simd::portable, Simd::avx2, Simd::avxvnni, Simd::avx512, Simd::vnni};
+
+constexpr unsigned bit(Simd level) { return 1u << static_cast<int>(level); }
+
+// bit(level) of every level that runs here.
+unsigned detect() {
+  unsigned levels = bit(Simd::portable);
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   auto all = [](unsigned bits, std::initializer_list<int> wanted) {
@@ -20,18 +26,33 @@ Simd detect() {
       if (!(bits >> bit & 1)) return false;
     return true;
   };
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return Simd::portable;
-  if (!all(c, {12, 27, 28, 29})) return Simd::portable;  // fma, osxsave, avx, f16c
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return levels;
+  if (!all(c, {12, 27, 28, 29})) return levels;  // fma, osxsave, avx, f16c
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if (!all(low, {1, 2})) return Simd::portable;                                         // the system saves xmm, ymm
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !all(b, {5})) return Simd::portable;  // avx2
-  bool zmm = all(low, {5, 6, 7});                                                       // k, zmm0-15, zmm16-31
-  if (!zmm || !all(b, {16, 17, 30, 31})) return Simd::avx2;                             // avx512 f, dq, bw, vl
-  return all(c, {11}) ? Simd::vnni : Simd::avx512;
-#else
-  return Simd::portable;
+  if (!all(low, {1, 2})) return levels;                                         // the system saves xmm, ymm
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !all(b, {5})) return levels;  // avx2
+  levels |= bit(Simd::avx2);
+  if (all(low, {5, 6, 7}) && all(b, {16, 17, 30, 31})) {  // k, zmm0-15, zmm16-31; avx512 f, dq, bw, vl
+    levels |= bit(Simd::avx512);
+    if (all(c, {11})) levels |= bit(Simd::vnni);  // avx512vnni
+  }
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && all(a, {4})) levels |= bit(Simd::avxvnni);
 #endif
+  return levels;
+}
+
+unsigned levels_here() {
+  static const unsigned levels = detect();
+  return levels;
+}
+
+// "portable, avx2, ...", of those in `levels`.
+std::string names(unsigned levels) {
+  std::string text;
+  for (Simd level : kLevels)
+    if (levels & bit(level)) text += std::string(text.empty() ? "" : ", ") + simd_name(level);
+  return text;
 }
 
 std::atomic<int> current{-1};  // -1: not asked yet
@@ -39,14 +60,14 @@ std::string environment_error;
 
 // Empty where `name` was taken up, else why not.
 std::string take(const std::string& name) {
-  const Simd best = simd_detected();
-  if (name == "auto") return current = static_cast<int>(best), "";
-  for (Simd level : {Simd::portable, Simd::avx2, Simd::avx512, Simd::vnni}) {
+  if (name == "auto") return current = static_cast<int>(simd_detected()), "";
+  for (Simd level : kLevels) {
     if (name != simd_name(level)) continue;
-    if (level > best) return "SIMD level " + name + " was asked for, but this CPU runs at most " + simd_name(best);
+    if (!(levels_here() & bit(level)))
+      return "SIMD level " + name + " was asked for, but this CPU runs " + names(levels_here());
     return current = static_cast<int>(level), "";
   }
-  return "unknown SIMD level '" + name + "'; allowed: portable, avx2, avx512, vnni, auto";
+  return "unknown SIMD level '" + name + "'; allowed: " + names(~0u) + ", auto";
 }
 
 // Reads VQK_SIMD, once.
@@ -65,14 +86,17 @@ const char* simd_name(Simd level) {
   switch (level) {
     case Simd::vnni: return "vnni";
     case Simd::avx512: return "avx512";
+    case Simd::avxvnni: return "avxvnni";
     case Simd::avx2: return "avx2";
     default: return "portable";
   }
 }
 
 Simd simd_detected() {
-  static const Simd level = detect();
-  return level;
+  Simd best = Simd::portable;
+  for (Simd level : kLevels)
+    if (levels_here() & bit(level)) best = level;
+  return best;
 }
 
 Simd simd_level() {

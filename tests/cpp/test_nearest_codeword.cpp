@@ -6,7 +6,8 @@
 //   tests/cpp/run decisions 100000000     with other data, until so many rows were compared
 //   [VQK_SIMD=level] tests/cpp/run bench [N K D]    timings at the shapes of docs/numerics.md
 //
-// Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2.
+// Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2, with VQK_EMULATE_AVXVNNI the
+// AVX-VNNI source with AVX-512's spelling of two instructions.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -61,7 +62,7 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 Parallel parallel() { return {run_tasks, threads}; }
 
 const char* level_name(Simd level) {
-  return std::array{"portable", "avx2", "avx512", "vnni"}[static_cast<int>(level)];
+  return std::array{"portable", "avx2", "avxvnni", "avx512", "vnni"}[static_cast<int>(level)];
 }
 
 std::vector<Simd> levels() {
@@ -69,6 +70,12 @@ std::vector<Simd> levels() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(Simd::avx2);
+#if defined(VQK_EMULATE_AVXVNNI)
+    const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+    const bool vnni = __builtin_cpu_supports("avxvnni");
+#endif
+    if (vnni) found.push_back(Simd::avxvnni);
 #if defined(VQK_EMULATE_AVX512)
     found.insert(found.end(), {Simd::avx512, Simd::vnni});
 #else
@@ -99,7 +106,7 @@ std::string describe(const char* data, DType dtype, Metric metric, int64_t H, in
   char text[200];
   std::snprintf(text, sizeof text, "%s %s %s H%lld N%lld K%lld D%lld %s threads %d", data, name(dtype), name(metric),
                 (long long)H, (long long)N, (long long)K, (long long)D,
-                std::vector{"portable", "avx2", "avx512", "vnni"}[static_cast<int>(level)], threads);
+                level_name(level), threads);
   return text;
 }
 
@@ -352,7 +359,7 @@ __attribute__((target("avx512f"))) void multiply_adds_512() {
 }
 double peak() {
   if (level == Simd::portable) return 0;
-  const bool wide = level != Simd::avx2;
+  const bool wide = level >= Simd::avx512;
   return 4e6 * 12 * (wide ? 32 : 16) / best_of(cpu_seconds, wide ? multiply_adds_512 : multiply_adds) * 1e-9;
 }
 #else

@@ -3,14 +3,14 @@
 
 namespace vqk {
 
-enum class Simd : int { portable = 0, avx2 = 1, avx512 = 2, vnni = 3 };
+// Each level has what those before it have but avxvnni: AVX2 with byte products in 256 bits, for processors without AVX-512.
+enum class Simd : int { portable = 0, avx2 = 1, avxvnni = 2, avx512 = 3, vnni = 4 };
 
-const char* simd_name(Simd);  // "portable" | "avx2" | "avx512" | "vnni"
+const char* simd_name(Simd);  // "portable" | "avx2" | "avxvnni" | "avx512" | "vnni"
 Simd simd_detected();         // best level that this CPU and operating system run
 Simd simd_level();            // level in use: VQK_SIMD where set, else simd_detected()
 
-// Takes "portable", "avx2", "avx512", "vnni" or "auto". Returns null, or why it cannot be done (unknown
-// name; level above simd_detected()). A bad VQK_SIMD is reported by simd_error() and kernels refuse.
+// Takes a level's name or "auto". Returns null, or why it cannot be done (unknown name; the processor does not run it). A bad VQK_SIMD is reported by simd_error() and kernels refuse.
 const char* set_simd_level(const char* name);
 const char* simd_error();
 

@@ -3,6 +3,7 @@
 BYTE_ROWS, BYTES = "csrc/cpu/nearest_codeword_byte_rows.h", "csrc/cpu/nearest_codeword_byte_search.h"
 PRODUCTS = "csrc/cpu/nearest_codeword_bytes.h"
 CANDIDATES, CACHE = "csrc/cpu/nearest_codeword_byte_candidates.h", "csrc/cpu/nearest_codeword_cache.cpp"
+AVX2 = "csrc/cpu/nearest_codeword_avx2.cpp"
 DRIVER, KERNEL = "tests/test_cpp.py", "tests/test_nearest_codeword.py"
 
 MUTATIONS = {
@@ -17,9 +18,17 @@ MUTATIONS = {
     "kernel: a tile of bytes has the unit of its first row": (
         BYTE_ROWS, r"p < j \+ kTileRows && p < count", "p < j + 1 && p < count", DRIVER),
     "kernel: bytes forget the last codeword": (
-        CANDIDATES, r"last_code = static_cast<uint32_t>\(cb\.K - 1\)", "last_code = static_cast<uint32_t>(cb.K - 2)", DRIVER),
+        CANDIDATES, r"last = static_cast<uint32_t>\(cb\.K - Width\)", "last = static_cast<uint32_t>(cb.K - Width - 1)", DRIVER),
     "kernel: bytes score one codeword of a lane": (
-        CANDIDATES, r"const int width = cb\.byte_group, whole", "const int width = 1, whole", DRIVER),
+        CANDIDATES, r"for \(int v = 1; v < Width; \+\+v\)", "for (int v = 1; v < 1; ++v)", DRIVER),
+    "kernel: two lanes of four exchange codewords": (
+        CANDIDATES, r"e, e, 0, 4, 1, 5, 2, 6, 3, 7", "e, e, 0, 1, 2, 3, 4, 5, 6, 7", DRIVER),
+    "kernel: four lanes of two exchange codewords": (
+        CANDIDATES, r"e, e, 0, 2, 4, 6, 1, 3, 5, 7", "e, e, 0, 1, 2, 3, 4, 5, 6, 7", DRIVER),
+    "kernel: AVX-VNNI takes the lowest of half of the lanes": (
+        AVX2, r"half = _mm_min_epi32\(half, _mm_shuffle_epi32\(half, 0x4e\)\);", "", DRIVER),
+    "kernel: AVX-VNNI adds one product of two": (
+        AVX2, r"vpdpwssd %2, %1, %0", "vpdpbusd %2, %1, %0", DRIVER),
     "kernel: few features take half of a group": (
         PRODUCTS, r"v < vectors; v \+= kHeld", "v < vectors - kHeld; v += kHeld", DRIVER),
     "kernel: the lowest lane is one group off": (

@@ -19,9 +19,6 @@ struct ByteScratch {
   int* candidate_place;  // [kByteCandidates] lanes within a row's limit
   uint32_t* candidate_lane;  // group * kTickLanes + lane
   int* candidate_score;
-  int* place;            // [kScoredPairs] rows and codewords being scored in fp32
-  uint32_t* code;
-  float* score;
   int* tie_place;        // [kTies] codewords that fp32 cannot tell from their row's nearest
   uint32_t* tie_code;
   float* tie_score;
@@ -32,17 +29,21 @@ struct Candidates {  // how many there are in ByteScratch; codewords scored so f
   int64_t scored = 0;
 };
 
-// Towards |c|^2 / 2 - z.c in fp32: sum[r] -= products of features of x[r], or of x[0], and c[r], lane by lane.
-template <bool OneRow>
+// Towards |c|^2 / 2 - z.c in fp32: sum[r] -= products of features of a row and codeword r, lane by lane; the 8 codewords
+// are those of Rows rows, neighbours from c[row] on.
+template <int Rows>
 VQK_INLINE void subtract_products(const float* const* x, const float* const* c, int64_t D, Vec* sum) {
-  for (int64_t d = 0; d < D; d += kLanes) {
-    Vec y = {};
+  constexpr int kEach = 8 / Rows;
+  for (int64_t d = 0; d < D; d += kLanes)
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows; ++row) {
+      const Vec y = -features(x[row], d, D);
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-      if (!OneRow || r == 0) y = -features(x[r], d, D);
-      sum[r] = VQK_FMA(y, features(c[r], d, D), sum[r]);
+      for (int v = 0; v < kEach; ++v) {
+        Vec& to = sum[row * kEach + v];
+        to = VQK_FMA(y, features(c[row] + v * D, d, D), to);
+      }
     }
-  }
 }
 
 // Drops the ties that a better codeword of their row excludes; returns how many are left.
@@ -106,11 +107,9 @@ VQK_INLINE void note(const ByteScratch& s, int place, uint32_t code, float score
 
 // The scores of 8 codewords side by side, from `first` on.
 VQK_INLINE Eight score_neighbours(const Codebook& cb, const float* x, uint32_t first) {
-  const float *c[8], *start = static_cast<const float*>(cb.rows) + first * cb.D;
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) c[r] = start + r * cb.D;
+  const float* const c = static_cast<const float*>(cb.rows) + first * cb.D;
   Vec sum[8] = {};
-  subtract_products<true>(&x, c, cb.D, sum);
+  subtract_products<1>(&x, &c, cb.D, sum);
   Eight half;
   __builtin_memcpy(&half, cb.half_norms + first, sizeof half);
   return half + sums_of_eight(sum);
@@ -173,60 +172,74 @@ VQK_INLINE void score_wide_lanes(const Codebook& cb, const float* z, const ByteS
   found.scored += count * width;
 }
 
-// Scores the cb.byte_group codewords behind lanes[0..count) of places[0..count) in fp32. count: kMaxRows at most, and
-// both may be written up to a multiple of kLanes.
-static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count, int* places,
-                        uint32_t* lanes, Candidates& found) {
-  const int width = cb.byte_group, whole = (count + 7) / 8 * 8, stride = (count + kLanes - 1) / kLanes * kLanes;
-  const uint32_t last_code = static_cast<uint32_t>(cb.K - 1);
-  if (width >= 8) return score_wide_lanes(cb, z, s, count, places, lanes, found);
+// score_lanes where several lanes' codewords fill vectors.
+template <int Width>
+VQK_INLINE void score_narrow_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count, int* places,
+                                   uint32_t* lanes, Candidates& found) {
+  constexpr int kAtOnce = 8 / Width;
+  const int whole = (count + kAtOnce - 1) / kAtOnce * kAtOnce, stride = (count + kLanes - 1) / kLanes * kLanes;
+  const uint32_t last = static_cast<uint32_t>(cb.K - Width);
+  uint32_t first[kPlaces];  // of a lane's codewords
   for (int i = count; i < stride; ++i) places[i] = places[count - 1], lanes[i] = lanes[count - 1];
-  for (int v = 0, j = 0; v < width; ++v, j += stride) {
-    for (int i = 0; i < stride; ++i) {
-      const uint32_t k = lanes[i] * width + v;
-      s.place[j + i] = places[i];
-      s.code[j + i] = k < last_code ? k : last_code;
+  for (int i = 0; i < stride; ++i) first[i] = lanes[i] * Width < last ? lanes[i] * Width : last;
+  float score[Width][kPlaces];
+  for (int i = 0; i < whole; i += kAtOnce) {
+    const float *x[kAtOnce], *c[kAtOnce];
+    Vec sum[8];
+#pragma GCC unroll 4
+    for (int r = 0; r < kAtOnce; ++r) {
+      x[r] = z + s.rows->order[places[i + r]] * cb.D;
+      c[r] = static_cast<const float*>(cb.rows) + first[i + r] * cb.D;
+#pragma GCC unroll 4
+      for (int v = 0; v < Width; ++v) sum[r * Width + v] = Vec{cb.half_norms[first[i + r] + v]};
     }
-    for (int i = j; i < j + whole; i += 8) {
-      const float *x[8], *c[8];
-      Vec sum[8];
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
-        x[r] = z + s.rows->order[s.place[i + r]] * cb.D;
-        c[r] = static_cast<const float*>(cb.rows) + s.code[i + r] * cb.D;
-        sum[r] = Vec{cb.half_norms[s.code[i + r]]};
-      }
-      subtract_products<false>(x, c, cb.D, sum);
-      const Eight e = sums_of_eight(sum);
-      __builtin_memcpy(s.score + i, &e, sizeof e);
-    }
-    for (int i = whole; i < stride; ++i) s.score[j + i] = v == 0 ? 0 : __builtin_inff();  // ties with nothing
+    subtract_products<kAtOnce>(x, c, cb.D, sum);
+    const Eight e = sums_of_eight(sum);
+    const Eight by_v = Width == 2 ? __builtin_shufflevector(e, e, 0, 2, 4, 6, 1, 3, 5, 7)
+                                  : __builtin_shufflevector(e, e, 0, 4, 1, 5, 2, 6, 3, 7);
+#pragma GCC unroll 4
+    for (int v = 0; v < Width; ++v)
+      __builtin_memcpy(&score[v][i], reinterpret_cast<const char*>(&by_v) + v * kAtOnce * 4, kAtOnce * 4);
   }
-  found.scored += whole * width;
+#pragma GCC unroll 4
+  for (int v = 0; v < Width; ++v)
+    for (int i = whole; i < stride; ++i) score[v][i] = v == 0 ? 0 : __builtin_inff();  // ties with nothing
+  found.scored += whole * Width;
   // each lane's lowest, side by side
-  float low[kMaxRows], slack[kMaxRows];
-  uint32_t code[kMaxRows];
+  float low[kPlaces], slack[kPlaces];
+  uint32_t code[kPlaces];
   for (int i = 0; i < stride; ++i) slack[i] = s.rows->slack[places[i]];
   IntVec tie = {};
   for (int i = 0; i < stride; i += kLanes) {
-    Vec lowest = load(s.score + i);
-    IntVec of = *reinterpret_cast<const IntVecAtAny*>(s.code + i);
-    for (int v = 1; v < width; ++v) {
-      const Vec score = load(s.score + v * stride + i);
-      const IntVec better = (IntVec)(score < lowest);
-      const Vec high = (Vec)(((IntVec)lowest & better) | ((IntVec)score & ~better));
-      of = (*reinterpret_cast<const IntVecAtAny*>(s.code + v * stride + i) & better) | (of & ~better);
-      lowest = VQK_MIN(score, lowest);
+    Vec lowest = load(score[0] + i);
+    const IntVec from = *reinterpret_cast<const IntVecAtAny*>(first + i);
+    IntVec of = from;
+#pragma GCC unroll 4
+    for (int v = 1; v < Width; ++v) {
+      const Vec x = load(score[v] + i);
+      const IntVec better = (IntVec)(x < lowest);
+      const Vec high = (Vec)(((IntVec)lowest & better) | ((IntVec)x & ~better));
+      of = ((from + static_cast<uint32_t>(v)) & better) | (of & ~better);
+      lowest = VQK_MIN(x, lowest);
       tie |= (IntVec)(high <= lowest + load(slack + i));
     }
     store(low + i, lowest);
     *reinterpret_cast<IntVecAtAny*>(code + i) = of;
   }
   if (__builtin_expect(VQK_NONZERO(tie) != 0, 0))
-    for (int v = 0; v < width; ++v)
-      for (int j = v * stride; j < v * stride + count; ++j) note(s, s.place[j], s.code[j], s.score[j], found);
+    for (int v = 0; v < Width; ++v)
+      for (int i = 0; i < count; ++i) note(s, places[i], first[i] + v, score[v][i], found);
   else
     for (int i = 0; i < count; ++i) note(s, places[i], code[i], low[i], found);
+}
+
+// Scores the cb.byte_group codewords behind lanes[0..count) of places[0..count) in fp32. count: kMaxRows at most, and
+// both may be written up to a multiple of kLanes.
+static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s, int count, int* places,
+                        uint32_t* lanes, Candidates& found) {
+  if (cb.byte_group >= 8) score_wide_lanes(cb, z, s, count, places, lanes, found);
+  else if (cb.byte_group == 4) score_narrow_lanes<4>(cb, z, s, count, places, lanes, found);
+  else score_narrow_lanes<2>(cb, z, s, count, places, lanes, found);
 }
 
 // Scores the lowest lanes of rows[0..count): nothing beyond their nearest can win. As score_lanes.

@@ -58,7 +58,6 @@ constexpr int kByteWidth = 2 * kTickLanes;
 constexpr ByteFormat kByteFormat = {kByteWidth, kStepFeatures, kLargestByte, kChunkFeatures, kMostHalfNorm};
 constexpr int kMostByteGroup = 16;             // vectors folded into one
 constexpr int kByteCandidates = 12288;         // lanes of minima that a task has room for
-constexpr int kScoredPairs = kMaxRows * kMostByteGroup;  // of row and codeword in fp32, at a time
 constexpr int kTies = 16 * kMaxRows;           // of fp32 scores, among all rows of a task
 constexpr int64_t kBatchVectors = 32;          // of minima, of as many tiles as are filtered together: most of L1
 constexpr double kChunkSum = 32760;            // of products, at most

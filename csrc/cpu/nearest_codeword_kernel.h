@@ -301,9 +301,6 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.bytes.rows, 1);
   take(s.bytes.factors, 2 * kMaxRows);
   take(s.bytes.row, D + kLanes);
-  take(s.bytes.place, kScoredPairs);
-  take(s.bytes.code, kScoredPairs);
-  take(s.bytes.score, kScoredPairs);
   take(s.bytes.tie_place, kTies);
   take(s.bytes.tie_code, kTies);
   take(s.bytes.tie_score, kTies);

@@ -16,7 +16,7 @@ MUTATIONS = {
     "kernel: half norms of bytes are too large": (
         BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.6 * squares", DRIVER),
     "kernel: a tile of bytes has the unit of its first row": (
-        BYTE_ROWS, r"p < j \+ kTileRows && p < count", "p < j + 1 && p < count", DRIVER),
+        BYTE_ROWS, r"p < place \+ kTileRows && p < count", "p < place + 1 && p < count", DRIVER),
     "kernel: bytes forget the last codeword": (
         CANDIDATES, r"last = static_cast<uint32_t>\(cb\.K - Width\)", "last = static_cast<uint32_t>(cb.K - Width - 1)", DRIVER),
     "kernel: bytes score one codeword of a lane": (

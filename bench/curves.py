@@ -1,4 +1,5 @@
-"""Time of nearest_codeword against N, K and D, beside faiss and chunked addmm: a JSON file and a picture.
+"""Time of nearest_codeword against N, K and D, beside faiss and chunked addmm: a JSON file and a picture. The file also
+has our time and memory for ten million rows.
 
 python bench/curves.py --json bench/results/curves-zen4.json --out docs/curves.png
 """
@@ -7,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
 
-from vqkernels import bench
+from vqkernels import bench, nearest_codeword
 from vqkernels.bench import ops
 from vqkernels.data.progress import progress_bar
 from vqkernels.pages import figure, png
@@ -21,6 +23,7 @@ SWEEPS = {
     "K": [(16384, K, 64) for K in (16, 64, 256, 1024, 4096, 16384, 65536)],
     "D": [(16384, 1024, D) for D in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)],
 }
+LARGEST = (10_000_000, 1024, 64)
 CONTENDERS = {
     "vqkernels": "#1d4ed8",
     "faiss IndexFlatL2": "#d97706",
@@ -39,7 +42,18 @@ def measure(seconds: float) -> dict:
             for result in bench.measure(row, limits, seconds):
                 records.append({"axis": axis, "value": shape["NKD".index(axis)], **result.as_dict()})
             advance()
-    return {"conditions": limits, "records": records}
+    return {"conditions": limits, "records": records, "largest": largest(seconds)}
+
+
+def largest(seconds: float) -> dict:
+    """Our time, and the memory beyond inputs and outputs, for LARGEST."""
+    N, K, D = LARGEST
+    torch.manual_seed(0)
+    z, codebook = torch.randn(N, D), torch.randn(K, D)
+    outputs_mb = sum(x.nbytes for x in nearest_codeword(z, codebook)) / 2**20
+    extra_mb = bench.peak_extra_mb(lambda: nearest_codeword(z, codebook)) - outputs_mb
+    times = bench.time_call(lambda: nearest_codeword(z, codebook), seconds)
+    return {"shape": f"{N}x{K}x{D}", "median_ms": statistics.median(times), "beyond_outputs_mb": extra_mb}
 
 
 def draw(results: dict) -> bytes:

@@ -10,7 +10,8 @@ const char* simd_name(Simd);  // "portable" | "avx2" | "avxvnni" | "avx512" | "v
 Simd simd_detected();         // best level that this CPU and operating system run
 Simd simd_level();            // level in use: VQK_SIMD where set, else simd_detected()
 
-// Takes a level's name or "auto". Returns null, or why it cannot be done (unknown name; the processor does not run it). A bad VQK_SIMD is reported by simd_error() and kernels refuse.
+// Takes a level's name or "auto". Returns null, or why it cannot be done (unknown name; the processor does
+// not run it). A bad VQK_SIMD is reported by simd_error() and kernels refuse.
 const char* set_simd_level(const char* name);
 const char* simd_error();
 

@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/* csrc/include/vqk/*)
 
-.PHONY: demo test incumbent-tests triton-versions downstream bench lint build cpp-test cpp-bench clean
+.PHONY: demo test incumbent-tests triton-versions downstream bench lint build cpp-test cpp-bench products clean
 
 demo: $(VENV)/installed
 	$(BIN)/vqkernels demo --out out/demo
@@ -66,6 +66,12 @@ cpp-bench:
 	mkdir -p build
 	$(CXX) -std=c++20 -O3 -ffp-contract=off -Wall -Wextra -Wno-psabi -Icsrc/include bench/memory_bound.cpp $(MEMORY_BOUND) -pthread -o build/memory_bound
 	build/memory_bound $(THREADS)
+
+# What a core multiplies, by kind of product.
+products:
+	mkdir -p build
+	$(CXX) -std=c++20 -O3 -Wall -Wextra -Wno-psabi bench/products.cpp -o build/products
+	build/products
 
 clean:
 	rm -rf build dist *.egg-info vqkernels/*.so vqkernels/_build_info.json out

@@ -111,6 +111,13 @@ def default_jobs(with_cuda, cores, memory_bytes):
     return max(1, min(cores, memory_bytes // ((2 if with_cuda else 1) << 30)))
 
 
+def knows_vex(cxx):
+    """Whether the assembler takes AVX-VNNI's spelling of vpdpbusd: GNU binutils from 2.36 on; g++ 10 may have older."""
+    source = 'asm("{vex} vpdpbusd %ymm0, %ymm1, %ymm2");\n'
+    command = [*cxx, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
+
+
 def run_output(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -129,12 +136,13 @@ def make_plan(env):
         info["cuda_reason"] = info["cpu_reason"]
         return info, tools
     tools["cxx"] = cxx
-    info |= {
-        "cpu": True,
-        "compiler": run_output(*cxx, "--version").split("\n")[0],
-        "flags": " ".join(tools["cxx_flags"]),
-    }
+    info |= {"cpu": True, "compiler": run_output(*cxx, "--version").split("\n")[0]}
     info["simd"] = ["portable", "avx2", "avxvnni", "avx512", "vnni"] if os.uname().machine == "x86_64" else ["portable"]
+    if "avxvnni" in info["simd"] and not knows_vex(cxx):
+        info["simd"].remove("avxvnni")
+        info["simd_reason"] = "avxvnni is left out: the assembler does not know {vex}; GNU binutils 2.36 and newer do"
+        tools["cxx_flags"] += ["-DVQK_NO_AVXVNNI"]
+    info["flags"] = " ".join(tools["cxx_flags"])
     if nvcc:
         known = {code.removeprefix("sm_") for code in run_output(nvcc, "--list-gpu-code").split()}
         tools["nvcc"], (tools["gencode"], info["cuda_archs"]) = nvcc, arch_flags(env.get("VQK_ARCHS"), known)

@@ -12,7 +12,15 @@ MUTATIONS = {
     "kernel: bytes trust a float32 score too far": (
         CANDIDATES, r"\* b\.ticks\[j\] \+ b\.eps\[j\], known", "* b.ticks[j], known", DRIVER),
     "kernel: the offset of bytes is not taken back": (
-        BYTE_ROWS, r"offset = 128 \* static", "offset = 127 * static", DRIVER),
+        BYTE_ROWS, r"0 : 128 \* static", "0 : 127 * static", DRIVER),
+    "kernel: words begin with the offset of bytes": (
+        BYTE_ROWS, r"offset = cb\.byte_words \? 0 :", "offset =", DRIVER),
+    "kernel: words of any length": (
+        BYTE_ROWS, r"cb\.byte_words \? 1 / kWordLength", "cb.byte_words ? 0.0", DRIVER),
+    "kernel: words are too long for their sums": (
+        PRODUCTS, r"kWordLength = 2900", "kWordLength = 29000", DRIVER),
+    "kernel: words of one step forget the others": (
+        CANDIDATES, r"steps == 1   \? lowest_in_group_bytes<1, true>", "steps <= 2 ? lowest_in_group_bytes<1, true>", DRIVER),
     "kernel: half norms of bytes are too large": (
         BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.6 * squares", DRIVER),
     "kernel: a tile of bytes has the unit of its first row": (

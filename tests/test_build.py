@@ -129,6 +129,26 @@ def test_cuda_auto_without_nvcc_builds_the_rest(build, tools):
     assert "no CUDA (nvcc was not found" in build.summary(info)
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors have the portable level alone")
+def test_an_old_assembler_leaves_one_level_out(build, tmp_path):
+    old = tmp_path / "old-g++"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *"-c -"*) grep -q vex && { echo "Error: invalid prefix" >&2; exit 1; } ;; esac\n'
+    )
+    old.chmod(0o755)
+    info, tool = build.make_plan(os.environ | {"CXX": str(old), "VQK_CUDA": "0"})
+    assert info["simd"] == ["portable", "avx2", "avx512", "vnni"] and "-DVQK_NO_AVXVNNI" in tool["cxx_flags"]
+    assert "-DVQK_NO_AVXVNNI" in info["flags"] and "binutils 2.36" in info["simd_reason"]
+    sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("simd", "nearest_codeword", "nearest_codeword_avxvnni")]
+    for flags in ([], ["-DVQK_NO_AVXVNNI"]):
+        command = ["g++", "-std=c++20", "-S", "-o", "-", *flags, "-I", ROOT / "csrc/include"]
+        text = "".join(
+            subprocess.run([*command, s], capture_output=True, text=True, check=True).stdout for s in sources
+        )
+        assert ("avxvnni_kernel" in text and "{vex}" in text) == (not flags)
+        assert "avxvnni_kernel" in text or flags
+
+
 def test_cuda_1_without_nvcc_fails_and_says_what_to_do(build, tools):
     with pytest.raises(SystemExit, match=r"VQK_CUDA=1 .* nvcc was not found .*\n.*Install the CUDA toolkit"):
         build.make_plan({"PATH": tools("g++"), "VQK_CUDA": "1"})
@@ -199,7 +219,7 @@ def test_bad_simd_level_is_an_error_in_every_kernel(known):
         pytest.skip("this CPU runs every level, so asking for one is no error")
     message = f"unknown SIMD level 'sse9'; allowed: {', '.join(info.SIMD)}, auto"
     if known:
-        message = f"SIMD level {value} was asked for, but this CPU runs {', '.join(levels)}"
+        message = f"SIMD level {value} was asked for, but this build runs {', '.join(levels)} on this CPU"
     code = (
         "import torch, vqkernels as vq\n"
         "try: vq.nearest_codeword(torch.ones(2, 3), torch.ones(4, 3))\n"
@@ -227,7 +247,7 @@ def test_simd_level_op():
     with pytest.raises(RuntimeError, match="7 is none of -1"):
         level(7)
     for missing in set(info.SIMD) - set(levels):
-        with pytest.raises(RuntimeError, match=f"{missing} was asked for, but this CPU runs {', '.join(levels)}"):
+        with pytest.raises(RuntimeError, match=f"{missing} was asked for, but this build runs {', '.join(levels)} on"):
             level(info.SIMD.index(missing))
     assert level() == best
 

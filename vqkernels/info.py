@@ -32,7 +32,9 @@ def simd_level() -> str:
 
 
 def simd_levels() -> list[str]:
-    """The SIMD levels that this processor runs, the one in use by default last."""
+    """The SIMD levels that this build runs on this processor, the default one last; [] without CPU kernels."""
+    if AVAILABLE["nearest_codeword"]["cpu"] is not True:
+        return []
     level = torch.ops.vqkernels.simd_level
     before, found = level(-1), []
     for i, name in enumerate(SIMD):

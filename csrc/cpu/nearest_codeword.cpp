@@ -37,12 +37,14 @@ int choose_group(int64_t K, int64_t D) {
   return group;
 }
 
-// The same for bytes. Measured at every SIMD level.
-int choose_byte_group(int64_t K, int64_t D) {
-  int group = 2;
+// The same for bytes, and words. Measured at every SIMD level.
+int choose_byte_group(int64_t K, int64_t D, bool words) {
+  int group = words ? 4 : 2;
   while (group < 16 && 16 * group * group * D <= K) group *= 2;
   return group;
 }
+
+constexpr int64_t kLeastCodewords = 4;  // behind a lane of words
 
 // Panels of bytes of `width` codewords: whole groups.
 int64_t byte_panels(const Codebook& cb, int64_t width) {
@@ -59,15 +61,15 @@ bool use_integers(int64_t K, int64_t D, int64_t rows) {
 }
 
 // The same for bytes, which moreover are for floats: they leave a few codewords a row to be scored one by one, too many
-// where features are few. Measured at every SIMD level; format.chunk: beyond, AVX2 adds several sums.
+// where features are few and no words take their place. Measured at every SIMD level; format.chunk: beyond, AVX2 adds several sums.
 bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DType dtype) {
-  if (format.width == 0 || dtype == DType::f64 || D > 1024) return false;
+  if (format.width == 0 || dtype == DType::f64 || D > 1024 || K < kLeastCodewords) return false;
 #if defined(VQK_TEST_BYTES)  // wherever they can be used
   return true;
 #elif defined(VQK_TEST_FLOATS)
   return false;
 #endif
-  return D >= 6 && K >= (D <= format.chunk ? 128 : 256) && rows >= 1024;
+  return D >= (format.word_features ? 2 : 6) && K >= (D <= format.chunk ? 128 : 256) && rows >= 1024;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -102,7 +104,9 @@ const SearchKernel& search_kernel() {
   switch (simd_level()) {
     case Simd::vnni: return vnni_kernel;
     case Simd::avx512: return avx512_kernel;
+#ifndef VQK_NO_AVXVNNI
     case Simd::avxvnni: return avxvnni_kernel;
+#endif
     case Simd::avx2: return avx2_kernel;
     default: break;
   }
@@ -227,7 +231,8 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     cb.mean = mean;
     for (int64_t d = 0; d < cb.D; ++d) cb.mean_norm += static_cast<double>(mean[d]) * mean[d];
     cb.mean_norm = std::sqrt(cb.mean_norm);
-    cb.byte_group = choose_byte_group(cb.K, cb.D);
+    cb.byte_words = cb.D <= format.word_features;
+    cb.byte_group = choose_byte_group(cb.K, cb.D, cb.byte_words);
     const int64_t panels = byte_panels(cb, width), step = kPanelCodewords / width;
     for (int64_t first = 0; first < panels; first += step)
       tasks.push_back({&cb, first, std::min(first + step, panels)});
@@ -246,11 +251,12 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     cb.byte_row = most.row * (1 + 0x1p-20);
     // sums in 16 bits leave a chunk's length to be shared between row and codeword
     const double length = format.features == 2 ? most.chunk / kByteLength : 0.0;
-    cb.byte_unit = static_cast<float>(std::max(most.peak / format.largest, length) * (1 + 0x1p-20));
+    const double unit = cb.byte_words ? most.row / format.word_length : std::max(most.peak / format.largest, length);
+    cb.byte_unit = static_cast<float>(unit * (1 + 0x1p-20));
     if (!(cb.byte_unit > 0x1p-50 && cb.byte_unit < 0x1p50)) continue;  // all equal, or far out
     cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / format.half_norm : 0.0;
     const int64_t panels = byte_panels(cb, width), chunks = ceil_div(cb.D, format.chunk);
-    const int64_t steps = ceil_div(cb.D, format.features);
+    const int64_t steps = ceil_div(cb.D, cb.byte_words ? 2 : format.features);
     cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
     cb.half_norms8 = allocate(panels * width * format.features);
     cb.panels8 = static_cast<int8_t*>(allocate(panels * width * steps * format.features));

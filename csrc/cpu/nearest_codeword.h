@@ -53,6 +53,7 @@ struct Codebook {
   double byte_length;           // the largest length of a chunk's bytes
   int byte_shift;               // bits that sums of products are shifted by
   int byte_group;               // vectors of scores of bytes folded into one
+  bool byte_words;              // 16-bit numbers, two to a step, in place of bytes
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
 };
@@ -62,11 +63,14 @@ struct ByteLengths {
 };
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
-// largest; sums of products over `chunk` features; half norms up to `half_norm`.
+// largest; sums of products over `chunk` features; half norms up to `half_norm`. Of up to `word_features` features as
+// 16-bit numbers of length `word_length`, two in place of four bytes.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
   double half_norm;
+  int word_features;
+  double word_length;
 };
 
 // What a search may make use of.

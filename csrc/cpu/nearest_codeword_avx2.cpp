@@ -37,6 +37,7 @@
 #define VQK_MADD(x, c, sum) dot_pairs(x, c, sum)
 #define VQK_QUADS
 #define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
+#define VQK_STORE_WORDS(p, x) store_low_words(p, (__m256i)(x))
 #define VQK_MIN_TICKS(a, b) ((Ticks)_mm256_min_epi32((__m256i)(a), (__m256i)(b)))
 #define VQK_MAX_TICKS(a, b) ((Ticks)_mm256_max_epi32((__m256i)(a), (__m256i)(b)))
 #define VQK_LOWEST_TICKS(x) lowest32((__m256i)(x))
@@ -69,6 +70,11 @@ inline __m256 load_first(const float* p, int n) {
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
 }
 #ifdef VQK_VNNI
+inline void store_low_words(void* p, __m256i x) {
+  const __m256i gathered = _mm256_shuffle_epi8(x, _mm256_set1_epi64x(0x0d0c090805040100));  // of each half, in both of its
+  const __m128i low = _mm256_castsi256_si128(gathered), high = _mm256_extracti128_si256(gathered, 1);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_unpacklo_epi64(low, high));
+}
 inline int32_t lowest32(__m256i x) {
   __m128i half = _mm_min_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   half = _mm_min_epi32(half, _mm_shuffle_epi32(half, 0x4e));

@@ -59,6 +59,7 @@
 #define VQK_INTEGER
 #define VQK_QUADS
 #define VQK_DOT_BYTES(x, c, sum) dot_bytes(x, c, sum)
+#define VQK_STORE_WORDS(p, x) store_low_words(p, x)
 #if defined(VQK_EMULATE_AVX512)
 #define VQK_MADD(x, c, sum) ((sum) + (IntVec)(low16(x) * low16(c)) + (IntVec)(high16(x) * high16(c)))
 #define VQK_TO_FLOAT(x) __builtin_convertvector((SignedVec)(x), Vec)
@@ -107,6 +108,10 @@ template <class Bits>
 inline void store_low_bytes(uint8_t* p, const Bits& x) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(x[i]);
 }
+template <class Bits>
+inline void store_low_words(uint8_t* p, const Bits& x) {
+  for (int i = 0; i < 16; ++i) p[2 * i] = static_cast<uint8_t>(x[i]), p[2 * i + 1] = static_cast<uint8_t>(x[i] >> 8);
+}
 template <class Lanes>
 inline int32_t lowest_lane(const Lanes& x) {
   int32_t lowest = x[0];
@@ -150,6 +155,10 @@ inline void store_low_bytes(uint8_t* p, const Bits& x) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
 }
 #ifdef VQK_VNNI
+template <class Bits>
+inline void store_low_words(uint8_t* p, const Bits& x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
+}
 template <class Lanes>
 inline int32_t lowest_lane(const Lanes& x) {
   return _mm512_reduce_min_epi32((__m512i)x);

@@ -365,19 +365,52 @@ static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s
   }
 }
 
+// The lowest scores of the tile of rows from `start` over each group of panels [first, last). Not to be inlined: by itself
+// the compiler finds registers for all of it.
+template <bool OneChunk, bool OnePanel>
+static __attribute__((noinline)) void lowest_of_panels(const Codebook& cb, const ByteScratch& s, int start, int64_t first,
+                                                       int64_t last, Tick* out) {
+  const int64_t steps = steps_of(cb), panel_bytes = steps * sizeof(CodeBytes) * kByteWidth;
+  const int64_t start_width = (cb.D + kChunkFeatures - 1) / kChunkFeatures * kByteWidth;
+  const int panels_per_group = OnePanel ? 1 : cb.byte_group / 2, tag_bits = s.rows->tag_bits;
+  const uint8_t* z = s.tiles + start * 4 * steps;
+  const int8_t* panel = cb.panels8 + first * panel_bytes;
+  const Tick* from = static_cast<const Tick*>(cb.starts8) + first * start_width;
+  const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8) + first * kByteWidth;
+  Ticks tag = {};
+  for (int64_t count = last - first; count > 0; count -= panels_per_group, tag += 1, out += kTileRows * kTickLanes) {
+    for (int i = 0; i < panels_per_group; ++i, panel += panel_bytes, from += start_width, half_norms += kByteWidth) {
+      Ticks lo[kTileRows], hi[kTileRows];
+#ifdef VQK_QUADS
+      score_panel_bytes(z, steps, s.rows->tile_ticks[start / kTileRows], panel, from, half_norms, lo, hi);
+#else
+      score_panel_bytes<OneChunk>(z, steps, s.factors + 2 * start, panel, from, cb.byte_shift, half_norms, lo, hi);
+#endif
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        Ticks x = VQK_MIN_TICKS(lo[r], hi[r]);
+        if (i) x = VQK_MIN_TICKS(x, load_ticks(out + r * kTickLanes));
+        *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = OnePanel ? with_tag(x, tag_bits, tag) : x;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows && !OnePanel; ++r) {
+      TicksAtAny& x = *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes);
+      x = with_tag(x, tag_bits, tag);
+    }
+  }
+}
+
 // Scores of all rows against all codewords; what they leave.
 template <bool OneChunk>
 static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const ByteScratch& s,
                                     const SearchHints& hints) {
   const ByteRows& b = *s.rows;
   Candidates found;
-  const int64_t steps = (cb.D + kStepFeatures - 1) / kStepFeatures;
-  const int64_t chunks = (cb.D + kChunkFeatures - 1) / kChunkFeatures;
+  const int64_t steps = steps_of(cb);
   const int64_t group_width = cb.byte_group * kTickLanes;
   const int64_t panels = (cb.K + group_width - 1) / group_width * (cb.byte_group / 2);
-  const int64_t panel_bytes = steps * kStepFeatures * kByteWidth;
-  const Tick* starts = static_cast<const Tick*>(cb.starts8);
-  const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8);
+  const int64_t panel_bytes = steps * sizeof(CodeBytes) * kByteWidth;
   const int64_t panels_per_group = cb.byte_group / 2;
   int64_t block = kBlockBytes / panel_bytes;
   if (block > kBlockVectors * panels_per_group) block = kBlockVectors * panels_per_group;
@@ -398,8 +431,15 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
       for (int start = begin; start < end; start += kTileRows) {
         for (int64_t line = 0; line < per_tile && next < next_end; line += 64, next += 64) __builtin_prefetch(next);
 #ifdef VQK_QUADS
-        if (panels_per_group > 1 && steps >= 2 && steps <= 4) {
-          auto* lowest = steps == 2 ? lowest_in_group_bytes<2> : steps == 3 ? lowest_in_group_bytes<3> : lowest_in_group_bytes<4>;
+        if (panels_per_group > 1 && steps <= 4) {
+          auto* lowest = cb.byte_words ? (steps == 1   ? lowest_in_group_bytes<1, true>
+                                          : steps == 2 ? lowest_in_group_bytes<2, true>
+                                                       : lowest_in_group_bytes<3, true>)
+                                       : (steps == 2   ? lowest_in_group_bytes<2, false>
+                                          : steps == 3 ? lowest_in_group_bytes<3, false>
+                                                       : lowest_in_group_bytes<4, false>);
+          const Tick* starts = static_cast<const Tick*>(cb.starts8);
+          const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8);
           for (int64_t p = first; p < last; p += panels_per_group, out += kStep) {
             const Tick group = static_cast<Tick>((p - first) / panels_per_group);
             lowest(s.tiles + start * 4 * steps, b.tile_ticks[start / kTileRows], cb.panels8 + p * panel_bytes,
@@ -408,31 +448,9 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
           continue;
         }
 #endif
-        for (int64_t p = first, in_group = 0; p < last; ++p) {
-          Ticks lo[kTileRows], hi[kTileRows];
-          const bool done = in_group + 1 == panels_per_group || p + 1 == last;
-          const int tag_bits = done ? b.tag_bits : 0;
-          const Tick group = static_cast<Tick>(done ? (p - first) / panels_per_group : 0);
-          const Ticks tag = Ticks{} + group;
-          const uint8_t* bytes = s.tiles + start * 4 * steps;
-          const int8_t* panel = cb.panels8 + p * panel_bytes;
-          const Tick* from = starts + p * chunks * kByteWidth;
-#ifdef VQK_QUADS
-          score_panel_bytes(bytes, steps, b.tile_ticks[start / kTileRows], panel, from, half_norms + p * kByteWidth, lo,
-                            hi);
-#else
-          score_panel_bytes<OneChunk>(bytes, steps, s.factors + 2 * start, panel, from, cb.byte_shift,
-                                      half_norms + p * kByteWidth, lo, hi);
-#endif
-#pragma GCC unroll 16
-          for (int r = 0; r < kTileRows; ++r) {
-            Ticks x = VQK_MIN_TICKS(lo[r], hi[r]);
-            if (in_group) x = VQK_MIN_TICKS(x, load_ticks(out + r * kTickLanes));
-            *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = with_tag(x, tag_bits, tag);
-          }
-          ++in_group;
-          if (done) in_group = 0, out += kStep;
-        }
+        (panels_per_group == 1 ? lowest_of_panels<OneChunk, true> : lowest_of_panels<OneChunk, false>)(cb, s, start, first, last,
+                                                                                                       out);
+        out += groups * kStep;
       }
       (first == 0 ? filter_rows<false> : filter_rows<true>)(cb, z, s, groups, lane, begin, end, found);
     }

@@ -146,16 +146,24 @@ VQK_INLINE void store_bytes(uint8_t* to, Vec n, float offset) {
   VQK_STORE_BYTES(to, (IntVec)(n + (0x1.8p23f + offset)));
 }
 
-// What a row's unit is no less than: so much for its longest chunk's length; that for the half norms to fit.
+#ifdef VQK_QUADS
+VQK_INLINE void store_words(uint8_t* to, Vec n) { VQK_STORE_WORDS(to, (IntVec)(n + 0x1.8p23f)); }
+#else
+VQK_INLINE void store_words(uint8_t*, Vec) {}
+#endif
+
+// What a row's unit is no less than: so much for its largest magnitude and for its longest chunk's length; that for the
+// half norms to fit.
 struct ByteLimits {
-  float per_length, half_norms;
+  float per_peak, per_length, half_norms;
 };
 
 static ByteLimits byte_limits(const Codebook& cb, double tick) {
   // rounding makes a chunk longer by sqrt(features) / 2 units at most
   const int64_t features = cb.D < kChunkFeatures ? cb.D : kChunkFeatures;
   const double left = kChunkSum / cb.byte_length - 0.5001 * __builtin_sqrt(static_cast<double>(features));
-  return {kStepFeatures == 4 ? 0.0f : static_cast<float>(1 / left),
+  const double per_length = cb.byte_words ? 1 / kWordLength : kStepFeatures == 4 ? 0.0 : 1 / left;
+  return {cb.byte_words ? 0.0f : 1 / 126.99f, static_cast<float>(per_length),
           static_cast<float>(cb.half_norm_unit * (1 + 0x1p-14) / tick)};
 }
 
@@ -173,7 +181,7 @@ static void measure_rows(const Codebook& cb, const float* z, int n, const ByteLi
   }
   for (int i = 0; i < n; ++i) {
     b.length[i] = __builtin_sqrtf(b.length[i]) * (1 + 0x1p-17f);
-    float unit = peak[i] * (1 / 126.99f);
+    float unit = peak[i] * limits.per_peak;
     const float for_chunk = __builtin_sqrtf(chunk[i]) * limits.per_length;
     unit = unit < for_chunk ? for_chunk : unit;
     unit = (unit < limits.half_norms ? limits.half_norms : unit) * (1 + 0x1p-16f);
@@ -213,7 +221,7 @@ static void order_by_unit(ByteRows& b) {
 template <bool L2>
 static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, uint8_t* tiles, ByteRows& b) {
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
-  const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
+  const int64_t D = cb.D, steps = steps_of(cb);
   const int count = b.count;
   float unit = 0;
   for (int j = 0; j < count; j += 4) {
@@ -233,7 +241,8 @@ static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, 
         Vec x = centred<L2>(row, cb.mean, d, D);
         const Vec n = to_multiples(x, a, inverse);
         lost[r] = VQK_FMA(x, x, lost[r]);
-        store_bytes(bytes + d, n, 128);  // in quads the next row takes what is beyond D
+        if (cb.byte_words) store_words(bytes + 2 * d, n);
+        else store_bytes(bytes + d, n, 128);  // in quads the next row takes what is beyond D
       }
       if (kStepFeatures == 4) continue;
       Quad* to = reinterpret_cast<Quad*>(tiles) + place / kTileRows * steps * kTileRows + place % kTileRows;
@@ -269,13 +278,13 @@ static ByteLengths byte_lengths(const Codebook& cb, int64_t first, int64_t last)
 // beyond the last codeword repeat it: their scores are never the lowest alone.
 static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
   constexpr bool kQuads = kStepFeatures == 4;
-  const int64_t D = cb.D, steps = (D + kStepFeatures - 1) / kStepFeatures;
+  const int64_t D = cb.D, steps = steps_of(cb);
   const int64_t chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
   CodeBytes* panels = reinterpret_cast<CodeBytes*>(const_cast<int8_t*>(cb.panels8));
   Tick* starts = static_cast<Tick*>(const_cast<void*>(cb.starts8));
   HalfNorm* half_norms = static_cast<HalfNorm*>(const_cast<void*>(cb.half_norms8));
   const float unit = static_cast<float>(cb.byte_unit), inverse = 1 / unit;
-  uint8_t bytes[kMostByteFeatures + kLanes];
+  uint8_t bytes[kMostByteFeatures + 2 * kLanes];
   double most_lost = 0, most_length = 0;
   for (int64_t p = first; p < last; ++p)
     for (int j = 0; j < kByteWidth; ++j) {
@@ -297,18 +306,19 @@ static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
           lost = VQK_FMA(x, x, lost);
           sum += n;
           length += n * n;
-          store_bytes(bytes + d, kQuads ? -n : n, 0);
+          if (cb.byte_words) store_words(bytes + 2 * d, -n);
+          else store_bytes(bytes + d, kQuads ? -n : n, 0);
         }
         const double chunk_squares = sum_of_lanes(length);
         most_length = chunk_squares > most_length ? chunk_squares : most_length;
         // in quads with what score_panel_bytes adds and does not mean: the bits of 1.5 * 2^23
-        const int offset = 128 * static_cast<int>(sum_of_lanes(sum));
+        const int offset = cb.byte_words ? 0 : 128 * static_cast<int>(sum_of_lanes(sum));
         starts[(p * chunks + chunk) * kByteWidth + j] = static_cast<Tick>(kQuads ? offset - 0x4b400000 : -offset);
       }
       double squares = 0;
       for (int i = 0; i < kDoubles; ++i) squares += squares4[i];
       CodeBytes* to = panels + p * steps * kByteWidth + j;
-      for (int64_t d = 0; d < steps; ++d) __builtin_memcpy(to + d * kByteWidth, bytes + d * kStepFeatures, sizeof *to);
+      for (int64_t d = 0; d < steps; ++d) __builtin_memcpy(to + d * kByteWidth, bytes + d * sizeof *to, sizeof *to);
       const double half_norm = cb.l2 ? 0.5 * squares : 0.0;
       half_norms[p * kByteWidth + j] =
           static_cast<HalfNorm>(kQuads || !cb.l2 ? half_norm : __builtin_rint(half_norm / cb.half_norm_unit));

@@ -7,6 +7,7 @@
 //   VQK_DOT_BYTES(x, c, sum)  sum + the 4 products of unsigned x and signed c in every 32-bit lane
 // and either way
 //   VQK_STORE_BYTES(p, x)     the low bytes of the 32-bit lanes, side by side
+//   VQK_STORE_WORDS(p, x)     with VQK_QUADS: their low 16 bits
 //   VQK_MIN_TICKS, VQK_MAX_TICKS      of lanes     VQK_LOWEST_TICKS  over lanes
 //   VQK_WITHIN(x, limit)              bit i = lane i <= limit
 //   VQK_LOAD_FIRST(p, n)      n < VQK_LANES floats, then zeros
@@ -34,6 +35,10 @@
 // cb.byte_group vectors of scores are folded into one: the codewords behind one of its lanes are neighbours in the
 // codebook, so that scoring them again reads one piece of memory.
 //
+// With few features (quads, D <= kWordFeatures) codewords are close to each other and bytes would leave too many: a step
+// holds 2 features in 16 bits instead (VQK_MADD, "words"). A row's or codeword's integers have length kWordLength at most,
+// which is twenty times as exact, and leaves the scores small enough for everything else to be the same.
+//
 // The bound is about 3 % of |z||c|. Once one fp32 score is known nothing further than a bound above it can win: a few
 // codewords a row are scored in fp32 one by one, and where that leaves more than one, they are compared canonically.
 // Rows with too many candidates take the next coarse pass.
@@ -46,7 +51,9 @@ constexpr double kMostHalfNorm = 0x1.fcp21;            // ticks; below 2^22, so 
 typedef int32_t Tick;  // also what sums start with
 typedef uint32_t CodeBytes;  // a codeword's share of a step
 typedef float HalfNorm;
+constexpr int kWordFeatures = 5;
 #else
+constexpr int kWordFeatures = 0;
 constexpr int kStepFeatures = 2, kTickLanes = 2 * kLanes, kLargestByte = 63;
 constexpr int64_t kChunkFeatures = 64;
 constexpr double kMostHalfNorm = 32766;
@@ -55,7 +62,9 @@ typedef uint16_t CodeBytes;
 typedef int16_t HalfNorm;  // in half_norm_unit
 #endif
 constexpr int kByteWidth = 2 * kTickLanes;
-constexpr ByteFormat kByteFormat = {kByteWidth, kStepFeatures, kLargestByte, kChunkFeatures, kMostHalfNorm};
+constexpr double kWordLength = 2900;  // its square and a half norm are below 2^24: that leaves more than 6 bits for tags
+constexpr ByteFormat kByteFormat = {kByteWidth,     kStepFeatures, kLargestByte, kChunkFeatures,
+                                    kMostHalfNorm, kWordFeatures, kWordLength};
 constexpr int kMostByteGroup = 16;             // vectors folded into one
 constexpr int kByteCandidates = 12288;         // lanes of minima that a task has room for
 constexpr int kTies = 16 * kMaxRows;           // of fp32 scores, among all rows of a task
@@ -66,6 +75,11 @@ constexpr Tick kNoTicks = -kMostTicks - 1;
 
 typedef Tick Ticks __attribute__((vector_size(4 * VQK_LANES)));
 typedef Tick TicksAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(sizeof(Tick)), may_alias));
+
+VQK_INLINE int64_t steps_of(const Codebook& cb) {
+  const int features = cb.byte_words ? 2 : kStepFeatures;
+  return (cb.D + features - 1) / features;
+}
 
 VQK_INLINE Ticks load_ticks(const Tick* p) { return *reinterpret_cast<const TicksAtAny*>(p); }
 
@@ -87,6 +101,8 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
   const IntVec s0 = (IntVec)load_ticks(start) + (IntVec)VQK_FMA(load(half_norms), t, round);
   const IntVec s1 = (IntVec)load_ticks(start + kLanes) + (IntVec)VQK_FMA(load(half_norms + kLanes), t, round);
   const int64_t stride = 4 * steps;
+  const uint8_t* thirds[kThirds];
+  every_third_row(z, stride, thirds);
   IntVec sum0[kTileRows], sum1[kTileRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) sum0[r] = s0, sum1[r] = s1;
@@ -96,7 +112,7 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
     panel += 4 * kByteWidth;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const IntVec x = VQK_PAIR(z + r * stride + 4 * d);
+      const IntVec x = VQK_PAIR(thirds[r / 3] + r % 3 * stride + 4 * d);
       sum0[r] = VQK_DOT_BYTES(x, c0, sum0[r]);
       sum1[r] = VQK_DOT_BYTES(x, c1, sum1[r]);
     }
@@ -107,7 +123,7 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, float ticks, 
 
 // The lowest scores of a tile of rows over the first `vectors` of its panels. Where features are few, what is not a
 // product counts: codewords stay in registers for all rows of the tile, and so do the minima.
-template <int Steps>
+template <int Steps, bool Words>
 VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, float ticks, const int8_t* panel, const Tick* start,
                                       const HalfNorm* half_norms, int64_t vectors, int tag_bits, Ticks tag, Tick* out) {
   constexpr int kHeld = Steps <= 2 && kLanes == 16 ? 4 : 2;  // 16 registers have room for no more
@@ -137,7 +153,8 @@ VQK_INLINE void lowest_in_group_bytes(const uint8_t* z, float ticks, const int8_
       for (int d = 0; d < Steps; ++d) {
         const IntVec x = VQK_PAIR(z + 4 * (r * Steps + d));
 #pragma GCC unroll 4
-        for (int i = 0; i < kHeld; ++i) sum[i] = VQK_DOT_BYTES(x, c[i][d], sum[i]);
+        for (int i = 0; i < kHeld; ++i)
+          sum[i] = Words ? VQK_MADD(x, c[i][d], sum[i]) : VQK_DOT_BYTES(x, c[i][d], sum[i]);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kHeld; ++i) lowest[r] = VQK_MIN_TICKS(lowest[r], (Ticks)sum[i]);

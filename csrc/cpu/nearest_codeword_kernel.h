@@ -57,18 +57,31 @@ VQK_INLINE float lowest(Vec x) {
 
 // ---------------------------------------------------------------- coarse scores
 
+// Rows 0, 3, 6, ... of a tile: all addresses then take these and the stride, which leaves registers to spare.
+constexpr int kThirds = (kTileRows + 2) / 3;
+template <class T>
+VQK_INLINE void every_third_row(const T* z, int64_t stride, const T** rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kThirds; ++i) {
+    rows[i] = z + 3 * i * stride;
+    asm("" : "+r"(rows[i]));  // or the compiler makes a register, and then a place in memory, of every row
+  }
+}
+
 // lo, hi = scores of kTileRows rows of z, `stride` apart, against one panel.
 VQK_INLINE void score_panel(const float* z, int64_t stride, const float* panel, const float* half_norms, int64_t D,
                             Vec* lo, Vec* hi) {
   const Vec h0 = load(half_norms), h1 = load(half_norms + kLanes);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) lo[r] = h0, hi[r] = h1;
+  const float* thirds[kThirds];
+  every_third_row(z, stride, thirds);
   for (int64_t d = 0; d < D; ++d) {
     const Vec c0 = load(panel), c1 = load(panel + kLanes);
     panel += kWidth;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec x = VQK_SPLAT(z[r * stride + d]);
+      const Vec x = VQK_SPLAT(thirds[r / 3][r % 3 * stride + d]);
       lo[r] = VQK_FMA(x, c0, lo[r]);
       hi[r] = VQK_FMA(x, c1, hi[r]);
     }

@@ -215,6 +215,13 @@ const std::vector<std::pair<const char*, Draw>> kData = {
        fill(z, [&] { return 1e-30 * normal(r); });
        fill(c, [&] { return normal(r); });
      }},
+    {"long rows",  // up to a hundred times as long as codewords
+     [](Random& r, auto, auto, int64_t D, auto& z, auto& c) {
+       int64_t i = 0;
+       double scale = 1;
+       fill(z, [&] { return (i++ % D ? scale : scale = std::pow(10.0, 2 * uniform(r))) * normal(r); });
+       fill(c, [&] { return normal(r); });
+     }},
     {"subnormals",
      [](Random& r, auto, auto, auto, auto& z, auto& c) {
        fill(z, [&] { return 1e-41 * normal(r); });

@@ -288,8 +288,8 @@ int check() {
   for (int64_t K : {1024, 5000, 20000})
     check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
   check_nearest(random, "many codewords", duplicates, DType::f32, Metric::l2, 1, 101, 20000, 3, false);
-  // What bytes do differently: 2 to 4 steps of features, lanes of 4, 8 and 16 codewords, two of these to a vector, blocks.
-  constexpr int64_t kGroups[][2] = {{600, 7}, {9000, 8}, {3000, 11}, {20000, 12}, {1200, 14}, {20000, 33}, {9000, 100}};
+  // What bytes and words do differently: 1 to 4 steps of features, lanes of 4, 8 and 16 codewords, two of these to a vector, blocks.
+  constexpr int64_t kGroups[][2] = {{300, 2}, {9000, 3}, {2000, 5}, {600, 7}, {9000, 8}, {3000, 11}, {20000, 12}, {1200, 14}, {20000, 33}, {9000, 100}};
   for (const auto& [K, D] : kGroups)
     for (const Draw& draw : {gaussian, duplicates})
       check_nearest(random, "groups", draw, DType::f32, D % 2 ? Metric::l2 : Metric::dot, 1, 101, K, D, false);
@@ -312,7 +312,7 @@ int decide(int64_t wanted) {
   while (checks < wanted && !failures)
     for (const auto& [data, draw] : kData)
       for (Metric metric : {Metric::l2, Metric::cosine, Metric::dot}) {
-        const int64_t before = checks, K = 32 + random() % 200, D = 4 + random() % 28;
+        const int64_t before = checks, K = 32 + random() % 200, D = 2 + random() % 30;
         const DType dtype = std::array{DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16}[random() % 5];
         check_nearest(random, data, draw, dtype, metric, 1, 10000, K, D, false);
         rows[data] += checks - before;

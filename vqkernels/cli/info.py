@@ -15,6 +15,8 @@ def info() -> None:
     console = Console()
     table = Table(title="Machine", show_header=False)
     for key, value in facts.machine().items():
+        if key == "simd" and (levels := facts.simd_levels()):
+            value = f"{value}, of {', '.join(levels)} (VQK_SIMD chooses)"
         table.add_row(key, str(value))
     console.print(table)
 

@@ -172,7 +172,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
   // Where fp32 scores one by one cost more than what bytes save beside 16-bit integers (or floats, see use_integers),
   // stop asking bytes.
   const int64_t beyond = found.scored - (cb.byte_words ? n * cb.byte_group : 0);  // words are quick to score one lane each
-  const int64_t saved = cb.byte_words ? cb.K * (cb.D + 2) / 2 : cb.K * cb.D / 8 * (cb.D < 16 ? 3 : 1);
+  const int64_t saved = cb.byte_words ? cb.K * cb.D / 2 : cb.K * cb.D / 8 * (cb.D < 16 ? 3 : 1);
   if (beyond * (cb.D + 112) > n * saved)
     __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
   return left;

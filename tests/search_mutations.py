@@ -3,7 +3,7 @@
 BYTE_ROWS, BYTES = "csrc/cpu/nearest_codeword_byte_rows.h", "csrc/cpu/nearest_codeword_byte_search.h"
 PRODUCTS = "csrc/cpu/nearest_codeword_bytes.h"
 CANDIDATES, CACHE = "csrc/cpu/nearest_codeword_byte_candidates.h", "csrc/cpu/nearest_codeword_cache.cpp"
-AVX2 = "csrc/cpu/nearest_codeword_avx2.cpp"
+AVX2, TILE = "csrc/cpu/nearest_codeword_avx2.cpp", "csrc/cpu/nearest_codeword_kernel.h"
 DRIVER, KERNEL = "tests/test_cpp.py", "tests/test_nearest_codeword.py"
 
 MUTATIONS = {
@@ -21,6 +21,10 @@ MUTATIONS = {
         PRODUCTS, r"kWordLength = 2900", "kWordLength = 29000", DRIVER),
     "kernel: words of one step forget the others": (
         CANDIDATES, r"steps == 1   \? lowest_in_group_bytes<1, true>", "steps <= 2 ? lowest_in_group_bytes<1, true>", DRIVER),
+    "kernel: a group keeps the scores of its last panel": (
+        CANDIDATES, r"if \(i\) x = VQK_MIN_TICKS", "if (false) x = VQK_MIN_TICKS", DRIVER),
+    "kernel: a tile leaves rows out": (
+        TILE, r"z \+ 3 \* i \* stride", "z + 2 * i * stride", DRIVER),
     "kernel: half norms of bytes are too large": (
         BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.6 * squares", DRIVER),
     "kernel: a tile of bytes has the unit of its first row": (

@@ -37,7 +37,7 @@
 //
 // With few features (quads, D <= kWordFeatures) codewords are close to each other and bytes would leave too many: a step
 // holds 2 features in 16 bits instead (VQK_MADD, "words"). A row's or codeword's integers have length kWordLength at most,
-// which is twenty times as exact, and leaves the scores small enough for everything else to be the same.
+// which is ten to twenty-three times as exact, and leaves the scores small enough for everything else to be the same.
 //
 // The bound is about 3 % of |z||c|. Once one fp32 score is known nothing further than a bound above it can win: a few
 // codewords a row are scored in fp32 one by one, and where that leaves more than one, they are compared canonically.

@@ -111,10 +111,13 @@ def default_jobs(with_cuda, cores, memory_bytes):
     return max(1, min(cores, memory_bytes // ((2 if with_cuda else 1) << 30)))
 
 
-def knows_vex(cxx):
-    """Whether the assembler takes AVX-VNNI's spelling of vpdpbusd: GNU binutils from 2.36 on; g++ 10 may have older."""
-    source = 'asm("{vex} vpdpbusd %ymm0, %ymm1, %ymm2");\n'
+# SIMD levels that an old assembler (as of g++ 10) may not know: an instruction, the first GNU binutils with it.
+NEW_LEVELS = {"avxvnni": ("{vex} vpdpbusd %ymm0, %ymm1, %ymm2", "2.36"), "amx": ("tdpbusd %tmm0, %tmm1, %tmm2", "2.35")}
+
+
+def assembles(cxx, instruction):
     command = [*cxx, "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = f'asm("{instruction}");\n'
     return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
 
 
@@ -137,11 +140,17 @@ def make_plan(env):
         return info, tools
     tools["cxx"] = cxx
     info |= {"cpu": True, "compiler": run_output(*cxx, "--version").split("\n")[0]}
-    info["simd"] = ["portable", "avx2", "avxvnni", "avx512", "vnni"] if os.uname().machine == "x86_64" else ["portable"]
-    if "avxvnni" in info["simd"] and not knows_vex(cxx):
-        info["simd"].remove("avxvnni")
-        info["simd_reason"] = "avxvnni is left out: the assembler does not know {vex}; GNU binutils 2.36 and newer do"
-        tools["cxx_flags"] += ["-DVQK_NO_AVXVNNI"]
+    info["simd"] = ["portable"]
+    if os.uname().machine == "x86_64":
+        info["simd"] += ["avx2", "avxvnni", "avx512", "vnni", "amx"]
+        reasons = []
+        for level, (instruction, binutils) in NEW_LEVELS.items():
+            if not assembles(cxx, instruction):
+                info["simd"].remove(level)
+                reasons.append(f"{level} is left out: the assembler does not know it; it takes GNU binutils {binutils}")
+                tools["cxx_flags"] += [f"-DVQK_NO_{level.upper()}"]
+        if reasons:
+            info["simd_reason"] = "; ".join(reasons)
     info["flags"] = " ".join(tools["cxx_flags"])
     if nvcc:
         known = {code.removeprefix("sm_") for code in run_output(nvcc, "--list-gpu-code").split()}

@@ -4,6 +4,7 @@ BYTE_ROWS, BYTES = "csrc/cpu/nearest_codeword_byte_rows.h", "csrc/cpu/nearest_co
 PRODUCTS = "csrc/cpu/nearest_codeword_bytes.h"
 CANDIDATES, CACHE = "csrc/cpu/nearest_codeword_byte_candidates.h", "csrc/cpu/nearest_codeword_cache.cpp"
 AVX2, TILE = "csrc/cpu/nearest_codeword_avx2.cpp", "csrc/cpu/nearest_codeword_kernel.h"
+COARSE, AMX = "csrc/cpu/nearest_codeword_byte_coarse.h", "csrc/cpu/nearest_codeword_tiles.h"
 DRIVER, KERNEL = "tests/test_cpp.py", "tests/test_nearest_codeword.py"
 
 MUTATIONS = {
@@ -20,15 +21,15 @@ MUTATIONS = {
     "kernel: words are too long for their sums": (
         PRODUCTS, r"kWordLength = 2900", "kWordLength = 29000", DRIVER),
     "kernel: words of one step forget the others": (
-        CANDIDATES, r"steps == 1   \? lowest_in_group_bytes<1, true>", "steps <= 2 ? lowest_in_group_bytes<1, true>", DRIVER),
+        COARSE, r"steps == 1   \? lowest_in_group_bytes<1, true>", "steps <= 2 ? lowest_in_group_bytes<1, true>", DRIVER),
     "kernel: a group keeps the scores of its last panel": (
-        CANDIDATES, r"if \(i\) x = VQK_MIN_TICKS", "if (false) x = VQK_MIN_TICKS", DRIVER),
+        COARSE, r"if \(i\) x = VQK_MIN_TICKS", "if (false) x = VQK_MIN_TICKS", DRIVER),
     "kernel: a tile leaves rows out": (
         TILE, r"z \+ 3 \* i \* stride", "z + 2 * i * stride", DRIVER),
     "kernel: half norms of bytes are too large": (
         BYTE_ROWS, r"cb\.l2 \? 0\.5 \* squares", "cb.l2 ? 0.6 * squares", DRIVER),
     "kernel: a tile of bytes has the unit of its first row": (
-        BYTE_ROWS, r"p < place \+ kTileRows && p < count", "p < place + 1 && p < count", DRIVER),
+        BYTE_ROWS, r"p < place \+ tile_rows && p < count", "p < place + 1 && p < count", DRIVER),
     "kernel: bytes forget the last codeword": (
         CANDIDATES, r"last = static_cast<uint32_t>\(cb\.K - Width\)", "last = static_cast<uint32_t>(cb.K - Width - 1)", DRIVER),
     "kernel: bytes score one codeword of a lane": (
@@ -43,6 +44,32 @@ MUTATIONS = {
         AVX2, r"vpdpwssd %2, %1, %0", "vpdpbusd %2, %1, %0", DRIVER),
     "kernel: few features take half of a group": (
         PRODUCTS, r"v < vectors; v \+= kHeld", "v < vectors - kHeld; v += kHeld", DRIVER),
+    "kernel: tiles multiply two vectors of four by the same codewords": (
+        AMX, r"tile_multiply<3, 5, 7>\(\);\n      for", "tile_multiply<3, 5, 6>();\n      for", DRIVER),
+    "kernel: tiles of short rows multiply two vectors of four by the same codewords": (
+        AMX, r"tile_multiply<3, 5, 7>\(\);\n      tile_store", "tile_multiply<3, 5, 6>();\n      tile_store", DRIVER),
+    "kernel: tiles repeat the first part of a row": (
+        BYTE_ROWS, r"bytes \+ i \* part, part\)", "bytes, part)", DRIVER),
+    "kernel: the second tile has the first one's unit": (
+        AMX, r"VQK_SPLAT\(ticks\[tile\]\)", "VQK_SPLAT(ticks[0])", DRIVER),
+    "kernel: a cell's second score is that of its first group": (
+        AMX, r"high = VQK_MIN_TICKS\(high, VQK_MAX_TICKS\(lowest, low\)\);", "", DRIVER),
+    "kernel: the higher of two groups is forgotten": (
+        AMX, r", high = VQK_MAX_TICKS\(a, b\);", ";", DRIVER),
+    "kernel: two groups of a panel have one number": (
+        AMX, r"next_tag = tag \+ 1", "next_tag = tag", DRIVER),
+    "kernel: cells begin again with every panel": (
+        AMX, r"p % kCellPanels == 0", "true", DRIVER),
+    "kernel: the last rows of a group of short rows are not folded": (
+        AMX, r"if \(groups > 1\) fold", "if (false) fold", DRIVER),
+    "kernel: a vector of short rows is stored one place off": (
+        AMX, r"now\.of\[0\]\[i - 1\]", "now.of[0][i]", DRIVER),
+    "kernel: other groups of a cell are forgotten": (
+        CANDIDATES, r"if \(other != nearest\) add", "if (false) add", DRIVER),
+    "kernel: seconds of other cells are forgotten": (
+        CANDIDATES, r"if \(Cells\) c = VQK_MIN_TICKS", "if (false) c = VQK_MIN_TICKS", DRIVER),
+    "kernel: a cell's groups end with the block's first cells": (
+        CANDIDATES, r"\(g \+ 1\) \* kCellGroups < groups \?", "true ?", DRIVER),
     "kernel: the lowest lane is one group off": (
         CANDIDATES, r"\(lowest & tags\) \* kTickLanes", "((lowest & tags) ^ 1) * kTickLanes", DRIVER),
     "kernel: other lanes of the lowest's vector are forgotten": (

@@ -12,7 +12,7 @@ import torch
 from . import __version__, _ops
 from .registry import AVAILABLE
 
-SIMD = ("portable", "avx2", "avxvnni", "avx512", "vnni")
+SIMD = ("portable", "avx2", "avxvnni", "avx512", "vnni", "amx")
 
 
 def processor() -> str:

@@ -78,7 +78,7 @@ class CodebookUsage(NamedTuple):
 
 
 def simd_level(name: str = "") -> str:
-    """The SIMD level in use: "portable", "avx2", "avxvnni", "avx512" or "vnni". With a name (or "auto") sets it
+    """The SIMD level in use: "portable", "avx2", "avxvnni", "avx512", "vnni" or "amx". With a name (or "auto") sets it
     first, for this module."""
     return _native.simd_level(name)
 

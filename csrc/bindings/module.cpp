@@ -7,14 +7,14 @@
 
 namespace vqk::bind {
 
-// -1: the level in use; 0 to 4, as vqk/simd.h numbers them: use it from now on; 5: the best this CPU runs.
+// -1: the level in use; 0 to 5, as vqk/simd.h numbers them: use it from now on; 6: the best this CPU runs.
 // Returns the level in use.
 static int64_t set_level(int64_t level) {
-  if (level < -1 || level > 5)
+  if (level < -1 || level > 6)
     fail("simd_level", level,
-         " is none of -1 (ask), 0 (portable), 1 (avx2), 2 (avxvnni), 3 (avx512), 4 (vnni), 5 (auto)");
+         " is none of -1 (ask), 0 (portable), 1 (avx2), 2 (avxvnni), 3 (avx512), 4 (vnni), 5 (amx), 6 (auto)");
   if (level >= 0) {
-    const char* name = level == 5 ? "auto" : simd_name(static_cast<Simd>(level));
+    const char* name = level == 6 ? "auto" : simd_name(static_cast<Simd>(level));
     if (const char* error = set_simd_level(name)) fail("simd_level", error);
   }
   return static_cast<int64_t>(simd_level());

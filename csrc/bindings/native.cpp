@@ -183,6 +183,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("codebook_usage", &vqk::codebook_usage);
   m.def("codeword_sums", &vqk::codeword_sums);
   m.def("simd_level", &vqk::level, py::arg("name") = "",
-        "The SIMD level in use; with a name (portable, avx2, avx512, vnni, auto) sets it first.");
+        "The SIMD level in use; with a name (portable, avx2, avxvnni, avx512, vnni, amx, auto) sets it first.");
   m.def("simd_detected", [] { return vqk::simd_name(vqk::simd_detected()); }, "The best SIMD level this CPU runs.");
 }

@@ -38,7 +38,8 @@ int choose_group(int64_t K, int64_t D) {
 }
 
 // The same for bytes, and words. Measured at every SIMD level.
-int choose_byte_group(int64_t K, int64_t D, bool words) {
+int choose_byte_group(int64_t K, int64_t D, bool words, bool tiles) {
+  if (tiles) return D >= 512 ? 1 : D <= 4 * kTileSteps && K >= 1024 ? 4 : 2;
   int group = words ? 4 : 2;
   while (group < 16 && 16 * group * group * D <= K) group *= 2;
   return group;
@@ -46,9 +47,17 @@ int choose_byte_group(int64_t K, int64_t D, bool words) {
 
 constexpr int64_t kLeastCodewords = 4;  // behind a lane of words
 
+// Of a row or codeword in bytes or words; of tiles, as many as their instructions take, all the same number.
+int64_t byte_steps(const Codebook& cb, const ByteFormat& format) {
+  const int64_t steps = ceil_div(cb.D, cb.byte_words ? 2 : format.features);
+  if (!cb.byte_tiles) return steps;
+  const int64_t instructions = ceil_div(steps, kTileSteps);
+  return ceil_div(steps, instructions) * instructions;
+}
+
 // Panels of bytes of `width` codewords: whole groups.
 int64_t byte_panels(const Codebook& cb, int64_t width) {
-  return ceil_div(cb.K, width / 2 * cb.byte_group) * (cb.byte_group / 2);
+  return cb.byte_group == 1 ? ceil_div(cb.K, width) : ceil_div(cb.K, width / 2 * cb.byte_group) * (cb.byte_group / 2);
 }
 
 // Whether the integer coarse pass pays: below 16 features the way from integers to scores costs as much as
@@ -70,6 +79,14 @@ bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DTy
   return false;
 #endif
   return D >= (format.word_features ? 2 : 6) && K >= (D <= format.chunk ? 128 : 256) && rows >= 1024;
+}
+
+// Whether bytes are multiplied by AMX: measured; fewer products take less time than what their sums' way through memory does.
+bool use_tiles(int64_t K, int64_t D, const ByteFormat& format) {
+#if defined(VQK_TEST_BYTES)
+  return D > format.word_features + 0 * K;
+#endif
+  return D >= 24 && K * D >= 12288;
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -102,6 +119,9 @@ void largest_magnitude(const void* rows, int64_t n, int64_t D, double* largest, 
 const SearchKernel& search_kernel() {
 #if defined(__x86_64__)
   switch (simd_level()) {
+#ifndef VQK_NO_AMX
+    case Simd::amx: return amx_kernel;
+#endif
     case Simd::vnni: return vnni_kernel;
     case Simd::avx512: return avx512_kernel;
 #ifndef VQK_NO_AVXVNNI
@@ -232,7 +252,9 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     for (int64_t d = 0; d < cb.D; ++d) cb.mean_norm += static_cast<double>(mean[d]) * mean[d];
     cb.mean_norm = std::sqrt(cb.mean_norm);
     cb.byte_words = cb.D <= format.word_features;
-    cb.byte_group = choose_byte_group(cb.K, cb.D, cb.byte_words);
+    cb.byte_tiles = format.tiles && use_tiles(cb.K, cb.D, format);
+    cb.byte_steps = byte_steps(cb, format);
+    cb.byte_group = choose_byte_group(cb.K, cb.D, cb.byte_words, cb.byte_tiles);
     const int64_t panels = byte_panels(cb, width), step = kPanelCodewords / width;
     for (int64_t first = 0; first < panels; first += step)
       tasks.push_back({&cb, first, std::min(first + step, panels)});
@@ -256,10 +278,9 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     if (!(cb.byte_unit > 0x1p-50 && cb.byte_unit < 0x1p50)) continue;  // all equal, or far out
     cb.half_norm_unit = cb.l2 ? 0.5 * cb.byte_row * cb.byte_row / format.half_norm : 0.0;
     const int64_t panels = byte_panels(cb, width), chunks = ceil_div(cb.D, format.chunk);
-    const int64_t steps = ceil_div(cb.D, cb.byte_words ? 2 : format.features);
     cb.starts8 = allocate(panels * width * chunks * format.features);  // as many bytes as features of a step
     cb.half_norms8 = allocate(panels * width * format.features);
-    cb.panels8 = static_cast<int8_t*>(allocate(panels * width * steps * format.features));
+    cb.panels8 = static_cast<int8_t*>(allocate(panels * width * cb.byte_steps * format.features));
   }
   parallel_for(parallel, tasks.size(), [&](int64_t t) {
     Task& task = tasks[t];

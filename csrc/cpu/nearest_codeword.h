@@ -53,7 +53,9 @@ struct Codebook {
   double byte_length;           // the largest length of a chunk's bytes
   int byte_shift;               // bits that sums of products are shifted by
   int byte_group;               // vectors of scores of bytes folded into one
+  int64_t byte_steps;           // of a row of bytes
   bool byte_words;              // 16-bit numbers, two to a step, in place of bytes
+  bool byte_tiles;              // the products by AMX
   int group;                // vectors of scores folded into one before they are looked at
   bool is_double, l2, certified;
 };
@@ -64,14 +66,17 @@ struct ByteLengths {
 
 // How a level holds codewords in bytes: panels of `width` of them, `features` of each side by side, from -largest to
 // largest; sums of products over `chunk` features; half norms up to `half_norm`. Of up to `word_features` features as
-// 16-bit numbers of length `word_length`, two in place of four bytes.
+// 16-bit numbers of length `word_length`, two in place of four bytes. tiles: products by AMX where that pays.
 struct ByteFormat {
   int width, features, largest;
   int64_t chunk;
   double half_norm;
   int word_features;
   double word_length;
+  bool tiles;
 };
+
+constexpr int64_t kTileSteps = 16;  // of an instruction of AMX, at most
 
 // What a search may make use of.
 struct SearchHints {
@@ -108,7 +113,7 @@ struct SearchKernel {
 
 extern const SearchKernel portable_kernel;
 #if defined(__x86_64__)
-extern const SearchKernel avx2_kernel, avxvnni_kernel, avx512_kernel, vnni_kernel;
+extern const SearchKernel avx2_kernel, avxvnni_kernel, avx512_kernel, vnni_kernel, amx_kernel;
 #endif
 const SearchKernel& search_kernel();  // of simd_level()
 

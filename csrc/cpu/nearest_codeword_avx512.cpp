@@ -188,12 +188,19 @@ inline int16_t lowest_lane(const Lanes& x) {
 }  // namespace
 
 #ifdef VQK_VNNI
-extern const SearchKernel vnni_kernel = {kLanes, kTileRows, true, kByteFormat, convert, normalize, half_norms, pack, search,
-                                         scan, scratch_bytes, byte_lengths, pack_bytes};
+constexpr bool kIntegers = true;
 #else
-extern const SearchKernel avx512_kernel = {kLanes, kTileRows, false, kByteFormat, convert, normalize, half_norms, pack,
-                                           search, scan, scratch_bytes, byte_lengths, pack_bytes};
+constexpr bool kIntegers = false;
 #endif
+#if defined(VQK_TILES)
+#define VQK_KERNEL amx_kernel
+#elif defined(VQK_VNNI)
+#define VQK_KERNEL vnni_kernel
+#else
+#define VQK_KERNEL avx512_kernel
+#endif
+extern const SearchKernel VQK_KERNEL = {kLanes, kTileRows, kIntegers, kByteFormat, convert, normalize, half_norms, pack,
+                                        search, scan, scratch_bytes, byte_lengths, pack_bytes};
 }  // namespace vqk::cpu
 
 #pragma GCC pop_options

@@ -15,7 +15,7 @@ struct ByteScratch {
   uint8_t* tiles;        // whole tiles of rows
   int16_t* factors;      // pairs: [kMaxRows][2], as score_panel_bytes takes them
   uint8_t* row;          // [D + kLanes] bytes of a row
-  Tick* minima;          // [kBlockVectors][kTileRows][kTickLanes]
+  Tick* minima;          // [kBlockVectors][kTileRows][kTickLanes], or fewer: see filter_rows
   int* candidate_place;  // [kByteCandidates] lanes within a row's limit
   uint32_t* candidate_lane;  // group * kTickLanes + lane
   int* candidate_score;
@@ -32,15 +32,17 @@ struct Candidates {  // how many there are in ByteScratch; codewords scored so f
 // Towards |c|^2 / 2 - z.c in fp32: sum[r] -= products of features of a row and codeword r, lane by lane; the 8 codewords
 // are those of Rows rows, neighbours from c[row] on.
 template <int Rows>
-VQK_INLINE void subtract_products(const float* const* x, const float* const* c, int64_t D, Vec* sum) {
+VQK_INLINE void subtract_products(const float* const* x, const float* const* c, int64_t D, Vec* sum,
+                                  const float* const* ahead = nullptr) {
   constexpr int kEach = 8 / Rows;
   for (int64_t d = 0; d < D; d += kLanes)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
       const Vec y = -features(x[row], d, D);
 #pragma GCC unroll 8
       for (int v = 0; v < kEach; ++v) {
         Vec& to = sum[row * kEach + v];
+        if (ahead) __builtin_prefetch(ahead[row] + v * D + d);
         to = VQK_FMA(y, features(c[row] + v * D, d, D), to);
       }
     }
@@ -186,17 +188,28 @@ VQK_INLINE void score_narrow_lanes(const Codebook& cb, const float* z, const Byt
   for (int i = 0; i < whole; i += kAtOnce) {
     const float *x[kAtOnce], *c[kAtOnce];
     Vec sum[8];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kAtOnce; ++r) {
       x[r] = z + s.rows->order[places[i + r]] * cb.D;
       c[r] = static_cast<const float*>(cb.rows) + first[i + r] * cb.D;
 #pragma GCC unroll 4
       for (int v = 0; v < Width; ++v) sum[r * Width + v] = Vec{cb.half_norms[first[i + r] + v]};
     }
-    subtract_products<kAtOnce>(x, c, cb.D, sum);
+    if (in_tiles(cb) && cb.K * cb.D >= kFarFloats) {
+      const float* ahead[kAtOnce];  // the next ones
+#pragma GCC unroll 8
+      for (int r = 0; r < kAtOnce; ++r) {
+        const int j = i + kAtOnce + r < stride ? i + kAtOnce + r : i + r;
+        ahead[r] = static_cast<const float*>(cb.rows) + first[j] * cb.D;
+      }
+      subtract_products<kAtOnce>(x, c, cb.D, sum, ahead);
+    } else {
+      subtract_products<kAtOnce>(x, c, cb.D, sum);
+    }
     const Eight e = sums_of_eight(sum);
-    const Eight by_v = Width == 2 ? __builtin_shufflevector(e, e, 0, 2, 4, 6, 1, 3, 5, 7)
-                                  : __builtin_shufflevector(e, e, 0, 4, 1, 5, 2, 6, 3, 7);
+    const Eight by_v = Width == 1   ? e
+                       : Width == 2 ? __builtin_shufflevector(e, e, 0, 2, 4, 6, 1, 3, 5, 7)
+                                    : __builtin_shufflevector(e, e, 0, 4, 1, 5, 2, 6, 3, 7);
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v)
       __builtin_memcpy(&score[v][i], reinterpret_cast<const char*>(&by_v) + v * kAtOnce * 4, kAtOnce * 4);
@@ -239,7 +252,8 @@ static void score_lanes(const Codebook& cb, const float* z, const ByteScratch& s
                         uint32_t* lanes, Candidates& found) {
   if (cb.byte_group >= 8) score_wide_lanes(cb, z, s, count, places, lanes, found);
   else if (cb.byte_group == 4) score_narrow_lanes<4>(cb, z, s, count, places, lanes, found);
-  else score_narrow_lanes<2>(cb, z, s, count, places, lanes, found);
+  else if (cb.byte_group == 2) score_narrow_lanes<2>(cb, z, s, count, places, lanes, found);
+  else score_narrow_lanes<1>(cb, z, s, count, places, lanes, found);
 }
 
 // Scores the lowest lanes of rows[0..count): nothing beyond their nearest can win. As score_lanes.
@@ -280,11 +294,13 @@ static __attribute__((noinline)) void prune_lanes(const Codebook& cb, const floa
 }
 
 // Filters rows [start, last), whole tiles but for the last. s.minima: [tile][groups][kTileRows][kTickLanes] of lanes that
-// start at `lane`. Later: than the first block.
-template <bool Later>
+// start at `lane`; Cells: [tile][cells of kCellGroups][kTileOfRows][2][kTickLanes]. Later: than the first block.
+template <bool Later, bool Cells>
 static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s, int64_t groups, uint32_t lane,
                         int start, int last, Candidates& found) {
-  constexpr int64_t kStep = kTileRows * kTickLanes;
+  const int tile_rows = tile_rows_of(cb);
+  constexpr int64_t kRow = Cells ? 2 * kTickLanes : kTickLanes;
+  const int64_t step = tile_rows * kRow, cells = Cells ? (groups + kCellGroups - 1) / kCellGroups : groups;
   constexpr int kRoom = kByteCandidates - kBlockVectors * kTickLanes;  // for all lanes of a row
   ByteRows& b = *s.rows;
   Ticks low[kMaxRows], second[kMaxRows];  // of each lane over the groups
@@ -297,14 +313,15 @@ static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s
   };
   if (found.lanes > kRoom - kMaxRows) prune_lanes(cb, z, s, found);
   const Tick* tile = s.minima;
-  for (int first = start; first < last; first += kTileRows, tile += groups * kStep)
-    for (int r = 0; r < kTileRows && first + r < last; ++r) {
-      const Tick* m = tile + r * kTickLanes;
-      Ticks a = load_ticks(m), c = Ticks{} + kMostTicks;
-      for (int64_t g = 1; g < groups; ++g) {
-        const Ticks x = load_ticks(m + g * kStep), high = VQK_MAX_TICKS(a, x);
+  for (int first = start; first < last; first += tile_rows, tile += cells * step)
+    for (int r = 0; r < tile_rows && first + r < last; ++r) {
+      const Tick* m = tile + r * kRow;
+      Ticks a = load_ticks(m), c = Cells ? load_ticks(m + kTickLanes) : Ticks{} + kMostTicks;
+      for (int64_t g = 1; g < cells; ++g) {
+        const Ticks x = load_ticks(m + g * step), high = VQK_MAX_TICKS(a, x);
         a = VQK_MIN_TICKS(a, x);
         c = VQK_MIN_TICKS(c, high);
+        if (Cells) c = VQK_MIN_TICKS(c, load_ticks(m + g * step + kTickLanes));
       }
       const int lowest = VQK_LOWEST_TICKS(a), j = first + r, i = j - start;
       low[i] = a, second[i] = c;
@@ -353,107 +370,26 @@ static void filter_rows(const Codebook& cb, const float* z, const ByteScratch& s
       } while (bits);
       continue;
     }
-    const Tick* m = s.minima + (j - start) / kTileRows * groups * kStep + (j - start) % kTileRows * kTickLanes;
+    const Tick* m = s.minima + (j - start) / tile_rows * cells * step + (j - start) % tile_rows * kRow;
     const uint32_t lowest = skip[j - start] < 0 ? ~0u : b.lane[j];
-    for (int g = 0; g < groups; ++g, m += kStep)
+    for (int64_t g = 0; g < cells; ++g, m += step)
       for (unsigned bits = VQK_WITHIN(load_ticks(m), Ticks{} + static_cast<Tick>(b.limit[j])); bits; bits &= bits - 1) {
         const int at = __builtin_ctz(bits);
-        const uint32_t of = lane + static_cast<uint32_t>(g * kTickLanes + at);
-        take(j, of, m[at]);
-        found.lanes += of != lowest;
-      }
-  }
-}
-
-// The lowest scores of the tile of rows from `start` over each group of panels [first, last). Not to be inlined: by itself
-// the compiler finds registers for all of it.
-template <bool OneChunk, bool OnePanel>
-static __attribute__((noinline)) void lowest_of_panels(const Codebook& cb, const ByteScratch& s, int start, int64_t first,
-                                                       int64_t last, Tick* out) {
-  const int64_t steps = steps_of(cb), panel_bytes = steps * sizeof(CodeBytes) * kByteWidth;
-  const int64_t start_width = (cb.D + kChunkFeatures - 1) / kChunkFeatures * kByteWidth;
-  const int panels_per_group = OnePanel ? 1 : cb.byte_group / 2, tag_bits = s.rows->tag_bits;
-  const uint8_t* z = s.tiles + start * 4 * steps;
-  const int8_t* panel = cb.panels8 + first * panel_bytes;
-  const Tick* from = static_cast<const Tick*>(cb.starts8) + first * start_width;
-  const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8) + first * kByteWidth;
-  Ticks tag = {};
-  for (int64_t count = last - first; count > 0; count -= panels_per_group, tag += 1, out += kTileRows * kTickLanes) {
-    for (int i = 0; i < panels_per_group; ++i, panel += panel_bytes, from += start_width, half_norms += kByteWidth) {
-      Ticks lo[kTileRows], hi[kTileRows];
-#ifdef VQK_QUADS
-      score_panel_bytes(z, steps, s.rows->tile_ticks[start / kTileRows], panel, from, half_norms, lo, hi);
-#else
-      score_panel_bytes<OneChunk>(z, steps, s.factors + 2 * start, panel, from, cb.byte_shift, half_norms, lo, hi);
-#endif
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        Ticks x = VQK_MIN_TICKS(lo[r], hi[r]);
-        if (i) x = VQK_MIN_TICKS(x, load_ticks(out + r * kTickLanes));
-        *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes) = OnePanel ? with_tag(x, tag_bits, tag) : x;
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows && !OnePanel; ++r) {
-      TicksAtAny& x = *reinterpret_cast<TicksAtAny*>(out + r * kTickLanes);
-      x = with_tag(x, tag_bits, tag);
-    }
-  }
-}
-
-// Scores of all rows against all codewords; what they leave.
-template <bool OneChunk>
-static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const ByteScratch& s,
-                                    const SearchHints& hints) {
-  const ByteRows& b = *s.rows;
-  Candidates found;
-  const int64_t steps = steps_of(cb);
-  const int64_t group_width = cb.byte_group * kTickLanes;
-  const int64_t panels = (cb.K + group_width - 1) / group_width * (cb.byte_group / 2);
-  const int64_t panel_bytes = steps * sizeof(CodeBytes) * kByteWidth;
-  const int64_t panels_per_group = cb.byte_group / 2;
-  int64_t block = kBlockBytes / panel_bytes;
-  if (block > kBlockVectors * panels_per_group) block = kBlockVectors * panels_per_group;
-  block = block / panels_per_group * panels_per_group;
-  if (block < panels_per_group) block = panels_per_group;
-  constexpr int64_t kStep = kTileRows * kTickLanes;
-  // what comes next into the cache, a share with every tile: it waits for memory otherwise
-  const char *next = hints.next, *const next_end = hints.next + hints.next_bytes;
-  const int64_t per_tile = hints.next_bytes / (b.count / kTileRows + 1) + 64;
-  for (int64_t first = 0; first < panels; first += block) {
-    const int64_t last = first + block < panels ? first + block : panels;
-    const int64_t groups = (last - first + panels_per_group - 1) / panels_per_group;
-    const int batch = kTileRows * static_cast<int>(groups < kBatchVectors ? kBatchVectors / groups : 1);
-    const uint32_t lane = static_cast<uint32_t>(first / panels_per_group * kTickLanes);
-    for (int begin = 0; begin < b.count; begin += batch) {
-      const int end = begin + batch < b.count ? begin + batch : b.count;
-      Tick* out = s.minima;
-      for (int start = begin; start < end; start += kTileRows) {
-        for (int64_t line = 0; line < per_tile && next < next_end; line += 64, next += 64) __builtin_prefetch(next);
-#ifdef VQK_QUADS
-        if (panels_per_group > 1 && steps <= 4) {
-          auto* lowest = cb.byte_words ? (steps == 1   ? lowest_in_group_bytes<1, true>
-                                          : steps == 2 ? lowest_in_group_bytes<2, true>
-                                                       : lowest_in_group_bytes<3, true>)
-                                       : (steps == 2   ? lowest_in_group_bytes<2, false>
-                                          : steps == 3 ? lowest_in_group_bytes<3, false>
-                                                       : lowest_in_group_bytes<4, false>);
-          const Tick* starts = static_cast<const Tick*>(cb.starts8);
-          const HalfNorm* half_norms = static_cast<const HalfNorm*>(cb.half_norms8);
-          for (int64_t p = first; p < last; p += panels_per_group, out += kStep) {
-            const Tick group = static_cast<Tick>((p - first) / panels_per_group);
-            lowest(s.tiles + start * 4 * steps, b.tile_ticks[start / kTileRows], cb.panels8 + p * panel_bytes,
-                   starts + p * kByteWidth, half_norms + p * kByteWidth, cb.byte_group, b.tag_bits, Ticks{} + group, out);
-          }
+        auto add = [&](int64_t group, int score) __attribute__((always_inline)) {
+          const uint32_t of = lane + static_cast<uint32_t>(group * kTickLanes + at);
+          take(j, of, score);
+          found.lanes += of != lowest;
+        };
+        if (!Cells) {
+          add(g, m[at]);
           continue;
         }
-#endif
-        (panels_per_group == 1 ? lowest_of_panels<OneChunk, true> : lowest_of_panels<OneChunk, false>)(cb, s, start, first, last,
-                                                                                                       out);
-        out += groups * kStep;
+        const int nearest = m[at] & tags;
+        add(nearest, m[at]);
+        if (m[kTickLanes + at] > b.limit[j]) continue;
+        const int64_t end = (g + 1) * kCellGroups < groups ? (g + 1) * kCellGroups : groups;
+        for (int64_t other = g * kCellGroups; other < end; ++other)  // any of them may be as near as the second
+          if (other != nearest) add(other, m[kTickLanes + at]);
       }
-      (first == 0 ? filter_rows<false> : filter_rows<true>)(cb, z, s, groups, lane, begin, end, found);
-    }
   }
-  return found;
 }

@@ -130,7 +130,7 @@ struct ByteRows {
   int tag_bits;              // low bits of minima that number their group
   float nearest[kPlaces];    // lowest fp32 score known, and whose it is
   uint32_t code[kPlaces];
-  float tile_ticks[kMaxRows / kTileRows + 1];  // quads: of each tile
+  float tile_ticks[kMaxRows / kTileRows + 2];  // quads: of each tile
 };
 
 // kLanes values from x as multiples of a unit: returns the multiples as floats, x = what they lack.
@@ -216,27 +216,33 @@ static void order_by_unit(ByteRows& b) {
   move(b.order), move(b.length), move(b.along), move(b.unit);
 }
 
+// AMX: a row's bytes to a tile [instructions][kTileOfRows][bytes of an instruction].
+VQK_INLINE void store_parts(uint8_t* tile, int row, int64_t steps, const uint8_t* bytes) {
+  const int64_t instructions = (steps + kTileSteps - 1) / kTileSteps, part = 4 * steps / instructions;
+  for (int64_t i = 0; i < instructions; ++i) __builtin_memcpy(tile + (i * kTileOfRows + row) * part, bytes + i * part, part);
+}
+
 // Rows of z with their units to their places in the tiles; fills lost. In quads all rows of a tile get the unit of the
 // largest. `scratch`: room for D + kLanes bytes.
 template <bool L2>
 static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, uint8_t* tiles, ByteRows& b) {
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
-  const int64_t D = cb.D, steps = steps_of(cb);
-  const int count = b.count;
+  const int64_t D = cb.D, steps = cb.byte_steps;
+  const int count = b.count, tile_rows = tile_rows_of(cb);
   float unit = 0;
   for (int j = 0; j < count; j += 4) {
     Vec lost[4] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const int place = j + r < count ? j + r : count - 1;
-      if (kStepFeatures == 4 && place % kTileRows == 0) {
+      if (kStepFeatures == 4 && place % tile_rows == 0) {
         unit = 0;
-        for (int p = place; p < place + kTileRows && p < count; ++p) unit = b.unit[p] > unit ? b.unit[p] : unit;
+        for (int p = place; p < place + tile_rows && p < count; ++p) unit = b.unit[p] > unit ? b.unit[p] : unit;
       }
       const float* row = z + b.order[place] * D;
       const float a = kStepFeatures == 4 ? unit : b.unit[place], inverse = 1 / a;
       b.unit[place] = a;
-      uint8_t* bytes = kStepFeatures == 4 ? tiles + place * 4 * steps : scratch;
+      uint8_t* bytes = kStepFeatures == 4 && !in_tiles(cb) ? tiles + place * 4 * steps : scratch;
       for (int64_t d = 0; d < D; d += kLanes) {
         Vec x = centred<L2>(row, cb.mean, d, D);
         const Vec n = to_multiples(x, a, inverse);
@@ -244,6 +250,7 @@ static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, 
         if (cb.byte_words) store_words(bytes + 2 * d, n);
         else store_bytes(bytes + d, n, 128);  // in quads the next row takes what is beyond D
       }
+      if (in_tiles(cb)) store_parts(tiles + place / tile_rows * tile_rows * 4 * steps, place % tile_rows, steps, scratch);
       if (kStepFeatures == 4) continue;
       Quad* to = reinterpret_cast<Quad*>(tiles) + place / kTileRows * steps * kTileRows + place % kTileRows;
       for (int64_t d = 0; d < steps; ++d) {
@@ -278,13 +285,13 @@ static ByteLengths byte_lengths(const Codebook& cb, int64_t first, int64_t last)
 // beyond the last codeword repeat it: their scores are never the lowest alone.
 static ByteLengths pack_bytes(const Codebook& cb, int64_t first, int64_t last) {
   constexpr bool kQuads = kStepFeatures == 4;
-  const int64_t D = cb.D, steps = steps_of(cb);
+  const int64_t D = cb.D, steps = cb.byte_steps;
   const int64_t chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
   CodeBytes* panels = reinterpret_cast<CodeBytes*>(const_cast<int8_t*>(cb.panels8));
   Tick* starts = static_cast<Tick*>(const_cast<void*>(cb.starts8));
   HalfNorm* half_norms = static_cast<HalfNorm*>(const_cast<void*>(cb.half_norms8));
   const float unit = static_cast<float>(cb.byte_unit), inverse = 1 / unit;
-  uint8_t bytes[kMostByteFeatures + 2 * kLanes];
+  uint8_t bytes[kMostByteFeatures + 4 * kLanes] = {};  // zeros where steps are filled up
   double most_lost = 0, most_length = 0;
   for (int64_t p = first; p < last; ++p)
     for (int j = 0; j < kByteWidth; ++j) {

@@ -3,7 +3,7 @@
 // In stages, each over all rows of a task: one row's chain of dependent operations and its badly predicted branches would
 // take longer than its distances to a few hundred codewords; side by side they hide behind each other.
 //
-//   lengths, units -> tiles of bytes, what they lost -> bounds -> coarse pass (nearest_codeword_byte_candidates.h)
+//   lengths, units -> tiles of bytes, what they lost -> bounds -> coarse pass (nearest_codeword_byte_coarse.h, nearest_codeword_byte_candidates.h)
 //   -> fp32 scores of the candidates that can still win -> the cost of each row's nearest -> ties canonically
 
 // The bounds of all places, from their lengths, units and what they lost.
@@ -11,7 +11,8 @@ template <bool L2>
 static void bound_rows(const Codebook& cb, double tick, ByteRows& b) {
   const int64_t D = cb.D, chunks = (D + kChunkFeatures - 1) / kChunkFeatures;
   const double rounded = kStepFeatures == 4 ? 3 : static_cast<double>(chunks) + 3;  // ticks a score is off by itself
-  const int64_t groups = (cb.K + kTickLanes * cb.byte_group - 1) / (kTickLanes * cb.byte_group);
+  int64_t groups = (cb.K + kTickLanes * cb.byte_group - 1) / (kTickLanes * cb.byte_group);
+  groups += cb.byte_group == 1 ? groups & 1 : 0;  // whole panels
   for (b.tag_bits = 0; 1 << b.tag_bits < groups && 1 << b.tag_bits < kBlockVectors;) ++b.tag_bits;
   const int tags = 1 << b.tag_bits, fine = kStepFeatures == 4 ? tags : 1;
   const double c_norm = cb.norm, c_row = cb.byte_row, c_error = cb.byte_error, mean_norm = cb.mean_norm;
@@ -139,7 +140,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
   rows_to_bytes<L2>(cb, z, s.row, s.tiles, b);
   bound_rows<L2>(cb, tick, b);
   for (int j = 0; j < b.count; ++j)
-    if (kQuads) b.tile_ticks[j / kTileRows] = static_cast<float>(b.ticks[j] / (1 << b.tag_bits));
+    if (kQuads) b.tile_ticks[j / tile_rows_of(cb)] = static_cast<float>(b.ticks[j] / (1 << b.tag_bits));
     else
       s.factors[2 * j] = s.factors[2 * j + 1] =
           static_cast<int16_t>(__builtin_rint(cb.half_norm_unit * b.ticks[j] * 32768));
@@ -172,7 +173,9 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
   // Where fp32 scores one by one cost more than what bytes save beside 16-bit integers (or floats, see use_integers),
   // stop asking bytes.
   const int64_t beyond = found.scored - (cb.byte_words ? n * cb.byte_group : 0);  // words are quick to score one lane each
-  const int64_t saved = cb.byte_words ? cb.K * cb.D / 2 : cb.K * cb.D / 8 * (cb.D < 16 ? 3 : 1);
+  const int64_t saved = cb.byte_words   ? cb.K * cb.D / 2
+                        : cb.byte_tiles ? cb.K * cb.D / 16 * 3
+                                        : cb.K * cb.D / 8 * (cb.D < 16 ? 3 : 1);
   if (beyond * (cb.D + 112) > n * saved)
     __atomic_store_n(cb.bytes_fail, true, __ATOMIC_RELAXED);
   return left;

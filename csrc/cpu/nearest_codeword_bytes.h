@@ -62,12 +62,20 @@ typedef uint16_t CodeBytes;
 typedef int16_t HalfNorm;  // in half_norm_unit
 #endif
 constexpr int kByteWidth = 2 * kTickLanes;
+#ifdef VQK_TILES
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 constexpr double kWordLength = 2900;  // its square and a half norm are below 2^24: that leaves more than 6 bits for tags
 constexpr ByteFormat kByteFormat = {kByteWidth,     kStepFeatures, kLargestByte, kChunkFeatures,
-                                    kMostHalfNorm, kWordFeatures, kWordLength};
+                                    kMostHalfNorm, kWordFeatures, kWordLength, kHasTiles};
+constexpr int64_t kFarFloats = 1 << 20;        // tiles: a codebook that L2 does not hold
+constexpr int kCellGroups = 8;                 // tiles: whose two lowest scores are kept
 constexpr int kMostByteGroup = 16;             // vectors folded into one
 constexpr int kByteCandidates = 12288;         // lanes of minima that a task has room for
 constexpr int kTies = 16 * kMaxRows;           // of fp32 scores, among all rows of a task
+constexpr int64_t kTileBlockBytes = 1 << 20;   // processors with AMX have 2 MiB of L2
 constexpr int64_t kBatchVectors = 32;          // of minima, of as many tiles as are filtered together: most of L1
 constexpr double kChunkSum = 32760;            // of products, at most
 constexpr Tick kMostTicks = kStepFeatures == 4 ? 0x7fffffff : 32767;
@@ -76,10 +84,10 @@ constexpr Tick kNoTicks = -kMostTicks - 1;
 typedef Tick Ticks __attribute__((vector_size(4 * VQK_LANES)));
 typedef Tick TicksAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(sizeof(Tick)), may_alias));
 
-VQK_INLINE int64_t steps_of(const Codebook& cb) {
-  const int features = cb.byte_words ? 2 : kStepFeatures;
-  return (cb.D + features - 1) / features;
-}
+VQK_INLINE bool in_tiles(const Codebook& cb) { return kHasTiles && cb.byte_tiles; }
+// Rows whose sums begin alike: of a register tile or one of AMX's; rows that the coarse pass takes at once.
+VQK_INLINE int tile_rows_of(const Codebook& cb) { return in_tiles(cb) ? kTileOfRows : kTileRows; }
+VQK_INLINE int rows_at_once(const Codebook& cb) { return in_tiles(cb) ? kMostTileRows : kTileRows; }
 
 VQK_INLINE Ticks load_ticks(const Tick* p) { return *reinterpret_cast<const TicksAtAny*>(p); }
 
@@ -224,3 +232,4 @@ VQK_INLINE void score_panel_bytes(const uint8_t* z, int64_t steps, const int16_t
 
 #include "nearest_codeword_byte_rows.h"
 #include "nearest_codeword_byte_candidates.h"
+#include "nearest_codeword_byte_coarse.h"

@@ -24,6 +24,7 @@
 //    Rows with more candidates than fit, or without a finite bound, are compared with every codeword.
 
 constexpr int kLanes = VQK_LANES, kTileRows = VQK_ROWS, kWidth = 2 * kLanes;
+constexpr int kTileOfRows = 16, kMostTileRows = 2 * kTileOfRows;  // AMX: rows of a tile; at once
 constexpr int kCandidates = 14;               // per row; more than that: compare with every codeword
 constexpr int64_t kBlockBytes = 256 << 10;    // of panels: half of the smallest common L2
 constexpr int64_t kBlockVectors = 64;         // of folded minima per row: 12 KiB of L1 for 6 rows of 8 lanes
@@ -284,7 +285,7 @@ struct Scratch {
   int64_t* index;
   double* value;
   float* z;           // [n][D]
-  int16_t* integers;  // [n, up to a whole tile][D + 1], or bytes
+  int16_t* integers;  // [n, up to a whole tile][D + 1], or bytes of as many rows as are taken at once
   int16_t* row;       // [D + 1]
 #ifdef VQK_BYTES
   ByteScratch bytes;
@@ -308,7 +309,7 @@ static Scratch carve(char* memory, int n, int64_t D) {
   take(s.index, kMaxRows);
   take(s.value, kMaxRows);
   take(s.z, rows * D);
-  take(s.integers, rows * (D + 4) + kLanes);
+  take(s.integers, (rows + kMostTileRows) * (D + 4) + kLanes);
   take(s.row, D + 1);
 #ifdef VQK_BYTES
   take(s.bytes.rows, 1);

@@ -8,13 +8,28 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vqk {
 namespace {
 
-constexpr Simd kLevels[] = {Simd::portable, Simd::avx2, Simd::avxvnni, Simd::avx512, Simd::vnni};
+constexpr Simd kLevels[] = {Simd::portable, Simd::avx2, Simd::avxvnni, Simd::avx512, Simd::vnni, Simd::amx};
 
 constexpr unsigned bit(Simd level) { return 1u << static_cast<int>(level); }
+
+// Whether Linux lets this process use AMX's tiles: it has to be asked, once for all threads, because it saves 8 KB more
+// for each from then on. It refuses where a thread's alternative signal stack is too small for that.
+bool tiles_allowed() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // bit(level) of every level that runs here.
 unsigned detect() {
@@ -36,6 +51,10 @@ unsigned detect() {
   if (all(low, {5, 6, 7}) && all(b, {16, 17, 30, 31})) {  // k, zmm0-15, zmm16-31; avx512 f, dq, bw, vl
     levels |= bit(Simd::avx512);
     if (all(c, {11})) levels |= bit(Simd::vnni);  // avx512vnni
+#ifndef VQK_NO_AMX  // setup.py: the assembler does not know it
+    if (all(c, {11}) && all(d, {24, 25}) && all(low, {17, 18}) && tiles_allowed())  // amx-tile, amx-int8; their state
+      levels |= bit(Simd::amx);
+#endif
   }
 #ifndef VQK_NO_AVXVNNI  // setup.py: the assembler does not know it
   if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && all(a, {4})) levels |= bit(Simd::avxvnni);
@@ -86,6 +105,7 @@ void init() {
 
 const char* simd_name(Simd level) {
   switch (level) {
+    case Simd::amx: return "amx";
     case Simd::vnni: return "vnni";
     case Simd::avx512: return "avx512";
     case Simd::avxvnni: return "avxvnni";

@@ -7,7 +7,7 @@
 //   [VQK_SIMD=level] tests/cpp/run bench [N K D]    timings at the shapes of docs/numerics.md
 //
 // Built with VQK_EMULATE_AVX512 the AVX-512 source runs as 64-byte vectors lowered to AVX2, with VQK_EMULATE_AVXVNNI the
-// AVX-VNNI source with AVX-512's spelling of two instructions.
+// AVX-VNNI source with AVX-512's spelling of two instructions, with VQK_EMULATE_AMX the AMX source on tiles in memory.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -25,6 +25,7 @@
 #include <thread>
 #include <vector>
 
+#include "levels.h"
 #include "search_oracle.h"
 #include "vqk/error_bound.h"
 #include "vqk/launch.h"
@@ -60,33 +61,6 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 }
 
 Parallel parallel() { return {run_tasks, threads}; }
-
-const char* level_name(Simd level) {
-  return std::array{"portable", "avx2", "avxvnni", "avx512", "vnni"}[static_cast<int>(level)];
-}
-
-std::vector<Simd> levels() {
-  std::vector<Simd> found{Simd::portable};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(Simd::avx2);
-#if defined(VQK_EMULATE_AVXVNNI)
-    const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
-#else
-    const bool vnni = __builtin_cpu_supports("avxvnni");
-#endif
-    if (vnni) found.push_back(Simd::avxvnni);
-#if defined(VQK_EMULATE_AVX512)
-    found.insert(found.end(), {Simd::avx512, Simd::vnni});
-#else
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found.push_back(Simd::avx512);
-    if (found.back() == Simd::avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(Simd::vnni);
-#endif
-  }
-#endif
-  return found;
-}
 
 // ---------------------------------------------------------------- checks
 

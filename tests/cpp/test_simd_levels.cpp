@@ -71,7 +71,7 @@ int run() {
                         {"6000x200x64 dot", 6000, 200, 64, DType::f32, Metric::dot},
                         {"6000x300x4 l2", 6000, 300, 4, DType::f32, Metric::l2},
                         {"6000x130x17 cosine", 6000, 130, 17, DType::f32, Metric::cosine}};
-  const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "vnni"};
+  const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "vnni", "amx"};
   int failures = 0, levels = 0;
   std::printf("%lld rows in the first case\n", static_cast<long long>(million));
   for (const Case& c : cases) {

@@ -4,9 +4,9 @@
 namespace vqk {
 
 // Each level has what those before it have but avxvnni: AVX2 with byte products in 256 bits, for processors without AVX-512.
-enum class Simd : int { portable = 0, avx2 = 1, avxvnni = 2, avx512 = 3, vnni = 4 };
+enum class Simd : int { portable = 0, avx2 = 1, avxvnni = 2, avx512 = 3, vnni = 4, amx = 5 };
 
-const char* simd_name(Simd);  // "portable" | "avx2" | "avxvnni" | "avx512" | "vnni"
+const char* simd_name(Simd);  // "portable" | "avx2" | "avxvnni" | "avx512" | "vnni" | "amx"
 Simd simd_detected();         // best level that this CPU and operating system run
 Simd simd_level();            // level in use: VQK_SIMD where set, else simd_detected()
 

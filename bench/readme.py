@@ -151,6 +151,8 @@ TABLES = {
         "games": lambda: comparison_table("compare-games2018"),
     },
     "bench/README.md": {
+        "bench-amx": lambda: bench_table("amx"),
+        "layers-amx": lambda: layers_table("amx"),
         "bench": lambda: bench_table("zen3"),
         "layers": lambda: layers_table("zen3"),
         "trie": lambda: trie_tables("zen4"),

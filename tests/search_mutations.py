@@ -68,8 +68,6 @@ MUTATIONS = {
         CANDIDATES, r"if \(other != nearest\) add", "if (false) add", DRIVER),
     "kernel: seconds of other cells are forgotten": (
         CANDIDATES, r"if \(Cells\) c = VQK_MIN_TICKS", "if (false) c = VQK_MIN_TICKS", DRIVER),
-    "kernel: a cell's groups end with the block's first cells": (
-        CANDIDATES, r"\(g \+ 1\) \* kCellGroups < groups \?", "true ?", DRIVER),
     "kernel: the lowest lane is one group off": (
         CANDIDATES, r"\(lowest & tags\) \* kTickLanes", "((lowest & tags) ^ 1) * kTickLanes", DRIVER),
     "kernel: other lanes of the lowest's vector are forgotten": (

@@ -5,7 +5,8 @@
 //                     2 + 12 loads      2 per cycle                          7 cycles
 //
 // The coarse pass in bytes takes 24 vpmaddubsw and 24 vpaddw for two features of twice as many codewords. With VQK_VNNI
-// (nearest_codeword_vnni.cpp) 24 vpdpbusd take four features where 24 vfmadd231ps take one, 24 vpdpwssd two. Without,
+// (nearest_codeword_vnni.cpp) 24 vpdpbusd take four features where 24 vfmadd231ps take one, 24 vpdpwssd two; with VQK_TILES
+// (nearest_codeword_amx.cpp) bytes are multiplied in AMX's tiles, nearest_codeword_tiles.h. Without VNNI,
 // 16-bit integers would take a vpmaddwd and a vpaddd on the same two ports: no gain, so fp32 follows the bytes.
 //
 // VQK_EMULATE_AVX512 compiles the same logic as 64-byte vectors that the compiler lowers to AVX2: the

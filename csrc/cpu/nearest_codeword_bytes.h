@@ -32,6 +32,9 @@
 //          | c0 c0 | c1 c1 | ... |  features d, d+1       | z0 z0 z0 z0 | z1 z1 z1 z1 | ...
 //        quads: [D/4][2 * VQK_LANES][4]                 [VQK_ROWS][D/4][4]
 //
+// With AMX (nearest_codeword_tiles.h) panels are the same; steps are filled up to what its instructions take, and rows lie as
+// in its tiles: [instructions][16 rows][bytes of an instruction].
+//
 // cb.byte_group vectors of scores are folded into one: the codewords behind one of its lanes are neighbours in the
 // codebook, so that scoring them again reads one piece of memory.
 //

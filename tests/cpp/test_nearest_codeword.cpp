@@ -263,7 +263,7 @@ int check() {
     check_nearest(random, "many codewords", gaussian, DType::f32, Metric::l2, 1, 101, K, 4, false);
   check_nearest(random, "many codewords", duplicates, DType::f32, Metric::l2, 1, 101, 20000, 3, false);
   // What bytes and words do differently: 1 to 4 steps of features, lanes of 4, 8 and 16 codewords, two of these to a vector, blocks.
-  constexpr int64_t kGroups[][2] = {{300, 2}, {9000, 3}, {2000, 5}, {600, 7}, {9000, 8}, {3000, 11}, {20000, 12}, {1200, 14}, {20000, 33}, {9000, 100}};
+  constexpr int64_t kGroups[][2] = {{300, 2}, {9000, 3}, {2000, 5}, {600, 7}, {9000, 8}, {3000, 11}, {20000, 12}, {1200, 14}, {20000, 33}, {9000, 100}, {1500, 130}, {1500, 520}};
   for (const auto& [K, D] : kGroups)
     for (const Draw& draw : {gaussian, duplicates})
       check_nearest(random, "groups", draw, DType::f32, D % 2 ? Metric::l2 : Metric::dot, 1, 101, K, D, false);
@@ -286,9 +286,10 @@ int decide(int64_t wanted) {
   while (checks < wanted && !failures)
     for (const auto& [data, draw] : kData)
       for (Metric metric : {Metric::l2, Metric::cosine, Metric::dot}) {
-        const int64_t before = checks, K = 32 + random() % 200, D = 2 + random() % 30;
+        const bool wide = random() % 16 == 0;  // more features than AMX takes at once
+        const int64_t before = checks, K = 32 + random() % 200, D = wide ? 65 + random() % 600 : 2 + random() % 30;
         const DType dtype = std::array{DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16}[random() % 5];
-        check_nearest(random, data, draw, dtype, metric, 1, 10000, K, D, false);
+        check_nearest(random, data, draw, dtype, metric, 1, wide ? 1000 : 10000, K, D, false);
         rows[data] += checks - before;
       }
   for (const auto& [data, count] : rows) std::printf("%-20s %11lld rows\n", data.c_str(), (long long)count);

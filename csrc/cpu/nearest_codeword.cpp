@@ -7,7 +7,8 @@
 //   z block of up to 192 rows -> coarse scores -> candidates -> decision     one task per 1 to 4 blocks, any thread
 //
 // Work: 2NKD flops in the coarse pass, at most 32 per cycle and core with AVX2, 64 with AVX-512 (Zen 4: 32); in 16-bit
-// integers 1.5 and 2 times as many, in bytes 3 and 4 times (VNNI), in AMX's tiles 32 times. z and the codebook are read once per block of rows from cache.
+// integers 1.5 and 2 times as many, in bytes 3 and 4 times (VNNI), in AMX's tiles 32 times. z and the codebook are read
+// once per block of rows from cache.
 // Memory: O(N + K D), never N x K.
 // Numerics: docs/numerics.md. The coarse pass is in bytes, 16-bit integers or fp32, with a proved bound; the decision
 // is canonical (fp64, feature by feature, unfused), so indices and distances are the same bits at every SIMD level,

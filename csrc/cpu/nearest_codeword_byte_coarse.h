@@ -72,7 +72,7 @@ static Candidates coarse_pass_bytes(const Codebook& cb, const float* z, const By
 #ifdef VQK_TILES
   const int64_t instructions = (steps + kTileSteps - 1) / kTileSteps;
   if (in_tiles(cb)) tiles_begin(static_cast<int>(steps / instructions));
-  // of what L2 does not hold beside the codewords nothing: a tenth slower otherwise at 768 features
+  // nothing of what L2 does not hold beside the codewords: it would be gone again when it is wanted
   const int lines = hints.next_bytes > kBlockBytes ? 0 : static_cast<int>(per_tile / panels + 1);
 #endif
   for (int64_t first = 0; first < panels; first += block) {

@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
@@ -23,23 +22,24 @@ namespace {
 
 thread_local int call_threads = 1;
 
-// Starts threads - 1 threads and works along; every worker draws tasks from one counter.
+// Starts threads - 1 threads and works along.
 void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* ctx) {
-  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(call_threads, tasks);
+  TaskRuns runs(tasks, workers);
   std::exception_ptr error;
   std::mutex lock;
-  auto worker = [&] {
+  auto work = [&](int64_t worker) {
     try {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(ctx, task);
+      runs.work(worker, [&](int64_t task) { body(ctx, task); });
     } catch (...) {
       std::lock_guard<std::mutex> guard(lock);
       error = std::current_exception();
-      next = tasks;
+      runs.stop();
     }
   };
   std::vector<std::thread> pool;
-  for (int64_t t = 1; t < std::min<int64_t>(call_threads, tasks); ++t) pool.emplace_back(worker);
-  worker();
+  for (int64_t t = 1; t < workers; ++t) pool.emplace_back(work, t);
+  work(0);
   for (std::thread& t : pool) t.join();
   if (error) std::rethrow_exception(error);
 }

@@ -2,7 +2,6 @@
 // allocation, threads, device guard and stream. LibTorch's stable ABI only (torch/csrc/stable,
 // torch/headeronly), so that one binary serves torch 2.10 and newer, with and without CUDA.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -110,11 +109,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type)), device_type, device_index, &handle));
   Tensor t(handle);
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
+  constexpr uintptr_t kPage = 2 << 20, kSmallPage = 4096;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), bytes = t.numel() * t.element_size();
   if (t.is_cpu() && bytes > 4 * kPage) {
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint: may be refused
+    const uintptr_t first = begin / kSmallPage * kSmallPage;  // what precedes is malloc's
+    madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);  // only a hint: may be refused
   }
 #endif
   return t;
@@ -139,12 +138,9 @@ inline void check_range(const char* op, int64_t bad, int64_t K) {
 inline Parallel torch_threads(const char* op) {
   if (const char* error = simd_error()) fail(op, error);
   auto run = [](int64_t tasks, void (*body)(void*, int64_t), void* ctx) {
-    std::atomic<int64_t> next{0};
-    auto worker = [&](int64_t, int64_t) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(ctx, task);
-    };
-    int64_t workers = torch::stable::get_num_threads();
-    if (workers > tasks) workers = tasks;
+    const int64_t threads = torch::stable::get_num_threads(), workers = threads < tasks ? threads : tasks;
+    TaskRuns runs(tasks, workers);
+    auto worker = [&](int64_t begin, int64_t) { runs.work(begin, [&](int64_t task) { body(ctx, task); }); };
     torch::stable::parallel_for(0, workers, 1, worker);
   };
   return {run, static_cast<int>(torch::stable::get_num_threads())};

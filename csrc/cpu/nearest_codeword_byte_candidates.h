@@ -278,7 +278,7 @@ static void settle_all(const Codebook& cb, const float* z, const ByteScratch& s,
     list[count] = j, lanes[count] = b.lane[j];
     count += (b.best[j] != b.settled[j]) & (b.best[j] != kNoTicks);
   }
-  settle(cb, z, s, 0, b.count, count, list, lanes, found);
+  if (count) settle(cb, z, s, 0, b.count, count, list, lanes, found);
   found.lanes = drop_lanes(s, found.lanes);
 }
 

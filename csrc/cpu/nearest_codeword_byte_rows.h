@@ -175,6 +175,8 @@ static void measure_rows(const Codebook& cb, const float* z, int n, const ByteLi
   for (int i = 0; i < n; i += 4) {
     const float* x[4];
     for (int r = 0; r < 4; ++r) x[r] = z + (i + r < n ? i + r : n - 1) * cb.D;
+    for (int r = 0; r < 4 && i + 4 + r < n; ++r)  // the next four: no stream of addresses is long enough to be foreseen
+      for (int64_t d = 0; d < cb.D; d += 16) __builtin_prefetch(z + (i + 4 + r) * cb.D + d);
     const FourRows four = measure<L2>(x, cb.mean, cb.D);
     store(b.length + i, four.squares), store(b.along + i, four.along);
     store(peak + i, four.peak), store(chunk + i, four.chunk);
@@ -229,6 +231,7 @@ static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, 
   typedef uint32_t Quad __attribute__((aligned(4), may_alias));
   const int64_t D = cb.D, steps = cb.byte_steps;
   const int count = b.count, tile_rows = tile_rows_of(cb);
+  const bool parts = in_tiles(cb) && steps > kTileSteps;  // a row's instructions apart
   float unit = 0;
   for (int j = 0; j < count; j += 4) {
     Vec lost[4] = {};
@@ -242,7 +245,7 @@ static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, 
       const float* row = z + b.order[place] * D;
       const float a = kStepFeatures == 4 ? unit : b.unit[place], inverse = 1 / a;
       b.unit[place] = a;
-      uint8_t* bytes = kStepFeatures == 4 && !in_tiles(cb) ? tiles + place * 4 * steps : scratch;
+      uint8_t* bytes = kStepFeatures == 4 && !parts ? tiles + place * 4 * steps : scratch;
       for (int64_t d = 0; d < D; d += kLanes) {
         Vec x = centred<L2>(row, cb.mean, d, D);
         const Vec n = to_multiples(x, a, inverse);
@@ -250,7 +253,7 @@ static void rows_to_bytes(const Codebook& cb, const float* z, uint8_t* scratch, 
         if (cb.byte_words) store_words(bytes + 2 * d, n);
         else store_bytes(bytes + d, n, 128);  // in quads the next row takes what is beyond D
       }
-      if (in_tiles(cb)) store_parts(tiles + place / tile_rows * tile_rows * 4 * steps, place % tile_rows, steps, scratch);
+      if (parts) store_parts(tiles + place / tile_rows * tile_rows * 4 * steps, place % tile_rows, steps, scratch);
       if (kStepFeatures == 4) continue;
       Quad* to = reinterpret_cast<Quad*>(tiles) + place / kTileRows * steps * kTileRows + place % kTileRows;
       for (int64_t d = 0; d < steps; ++d) {

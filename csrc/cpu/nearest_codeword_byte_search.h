@@ -63,6 +63,20 @@ static void compare_nearest(const Codebook& cb, const float* z, const ByteRows& 
   VQK_COUNTED(vqk_compared, b.count);
 }
 
+// As many float64 as a register holds; what goes on as Doubles.
+typedef double WideDoubles __attribute__((vector_size(4 * VQK_LANES)));
+typedef float HalfAtAny __attribute__((vector_size(2 * VQK_LANES), aligned(4), may_alias));
+VQK_INLINE WideDoubles load_wide(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfAtAny*>(p), WideDoubles);
+}
+VQK_INLINE Doubles fold_wide(WideDoubles x) {
+#if VQK_LANES == 16
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+  return x;
+#endif
+}
+
 // The same where the cost will be rounded to float32: a float64 sum in any order is within (D + 3) 2^-53 of the exact
 // one, as the canonical one is. Where both ends of twice that round to the same float, so does the canonical cost.
 static void round_nearest(const Codebook& cb, const float* z, const ByteRows& b, int64_t* index, double* value) {
@@ -76,11 +90,11 @@ static void round_nearest(const Codebook& cb, const float* z, const ByteRows& b,
       const int j = first + i < b.count ? first + i : b.count - 1;
       const float* x = z + b.order[j] * D;
       const float* c = static_cast<const float*>(cb.rows) + b.code[j] * D;
-      Doubles even = {}, odd = {};
+      WideDoubles even = {}, odd = {};
       int64_t d = 0;
-      for (; d + 2 * kDoubles <= D; d += 2 * kDoubles) {
-        const Doubles y = load_doubles(x + d) - load_doubles(c + d);
-        const Doubles w = load_doubles(x + d + kDoubles) - load_doubles(c + d + kDoubles);
+      for (; d + kLanes <= D; d += kLanes) {
+        const WideDoubles y = load_wide(x + d) - load_wide(c + d);
+        const WideDoubles w = load_wide(x + d + kLanes / 2) - load_wide(c + d + kLanes / 2);
         even += y * y;
         odd += w * w;
       }
@@ -89,7 +103,7 @@ static void round_nearest(const Codebook& cb, const float* z, const ByteRows& b,
         const double y = static_cast<double>(x[d]) - c[d];
         rest[i] += y * y;
       }
-      sum[i] = even + odd;
+      sum[i] = fold_wide(even + odd);
     }
     transpose(sum, turned);
     for (int i = 1; i < kDoubles; ++i) turned[0] += turned[i];
@@ -139,7 +153,7 @@ static int search_bytes(const Codebook& cb, const float* z, const bool* skip, in
   if (kQuads && most > least + (2u << 23)) order_by_unit(b);  // more than 4 times as large: like rows share a tile
   rows_to_bytes<L2>(cb, z, s.row, s.tiles, b);
   bound_rows<L2>(cb, tick, b);
-  for (int j = 0; j < b.count; ++j)
+  for (int j = 0; j < b.count; j += kQuads ? tile_rows_of(cb) : 1)
     if (kQuads) b.tile_ticks[j / tile_rows_of(cb)] = static_cast<float>(b.ticks[j] / (1 << b.tag_bits));
     else
       s.factors[2 * j] = s.factors[2 * j + 1] =

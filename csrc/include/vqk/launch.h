@@ -1,5 +1,8 @@
 // What a binding calls: one launcher per op and device, nothing else.
 #pragma once
+#include <atomic>
+#include <memory>
+
 #include "vqk/params.h"
 
 namespace vqk {
@@ -10,6 +13,35 @@ namespace vqk {
 struct Parallel {
   void (*run)(int64_t tasks, void (*body)(void* ctx, int64_t task), void* ctx);
   int threads;  // upper bound on concurrently running bodies; used only to size scratch
+};
+
+// Hands out tasks: to each worker a run of neighbours, and then what others have left of theirs. Neighbours write
+// neighbouring memory, and where that is a huge page not touched before, one worker would wait for the other's page fault.
+class TaskRuns {
+ public:
+  TaskRuns(int64_t tasks, int64_t workers) : workers_(workers), runs_(new Run[workers]) {
+    for (int64_t w = 0; w < workers; ++w) runs_[w].next = tasks * w / workers, runs_[w].end = tasks * (w + 1) / workers;
+  }
+
+  template <class Body>
+  void work(int64_t worker, const Body& body) {
+    for (int64_t i = 0; i < workers_; ++i) {
+      Run& run = runs_[(worker + i) % workers_];
+      for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) body(task);
+    }
+  }
+
+  void stop() {  // no further tasks
+    for (int64_t w = 0; w < workers_; ++w) runs_[w].next = runs_[w].end;
+  }
+
+ private:
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  int64_t workers_;
+  std::unique_ptr<Run[]> runs_;
 };
 
 // The caller's threads for a job of that many multiply-adds (or as slow things), the calling thread alone for a small

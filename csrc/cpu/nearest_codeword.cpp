@@ -88,7 +88,7 @@ bool use_tiles(const ByteFormat& format, [[maybe_unused]] int64_t K, int64_t D) 
 #if defined(VQK_TEST_BYTES)
   return true;
 #else
-  return D >= 24 && K * D >= 12288;
+  return D >= 20 && K * D >= (D < 32 ? 12288 : 6144);
 #endif
 }
 

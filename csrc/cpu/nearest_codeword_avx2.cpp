@@ -31,6 +31,8 @@
 #define VQK_TO_FLOAT(x) _mm256_cvtepi32_ps((__m256i)(x))
 
 #define VQK_BYTES
+#define VQK_WIDEN_HALF(p) VQK_WIDEN(p)
+#define VQK_FMA_WIDE(a, b, c) _mm256_fmadd_pd(a, b, c)
 #define VQK_STORE_BYTES(p, x) store_low_bytes(p, (__m256i)(x))
 #define VQK_LOAD_FIRST(p, n) load_first(p, n)
 #ifdef VQK_VNNI

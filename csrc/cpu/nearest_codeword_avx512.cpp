@@ -51,9 +51,13 @@
 #define VQK_MAX_TICKS(a, b) ((a) < (b) ? (b) : (a))
 #define VQK_WITHIN(x, limit) nonzero((x) <= (limit))
 #define VQK_LOAD_FIRST(p, n) load_first(p, n)
+#define VQK_WIDEN_HALF(p) __builtin_shufflevector(VQK_WIDEN(p), VQK_WIDEN((p) + 4), 0, 1, 2, 3, 4, 5, 6, 7)
+#define VQK_FMA_WIDE(a, b, c) ((a) * (b) + (c))
 #else
 #define VQK_PAIR(p) ((IntVec)_mm512_set1_epi32(static_cast<int>(load_pair(p))))
 #define VQK_LOAD_FIRST(p, n) _mm512_maskz_loadu_ps((1u << (n)) - 1, p)
+#define VQK_WIDEN_HALF(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define VQK_FMA_WIDE(a, b, c) _mm512_fmadd_pd(a, b, c)
 #endif
 
 #ifdef VQK_VNNI

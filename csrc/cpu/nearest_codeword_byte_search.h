@@ -63,12 +63,6 @@ static void compare_nearest(const Codebook& cb, const float* z, const ByteRows& 
   VQK_COUNTED(vqk_compared, b.count);
 }
 
-// As many float64 as a register holds; what goes on as Doubles.
-typedef double WideDoubles __attribute__((vector_size(4 * VQK_LANES)));
-typedef float HalfAtAny __attribute__((vector_size(2 * VQK_LANES), aligned(4), may_alias));
-VQK_INLINE WideDoubles load_wide(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfAtAny*>(p), WideDoubles);
-}
 VQK_INLINE Doubles fold_wide(WideDoubles x) {
 #if VQK_LANES == 16
   return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
@@ -93,10 +87,14 @@ static void round_nearest(const Codebook& cb, const float* z, const ByteRows& b,
       WideDoubles even = {}, odd = {};
       int64_t d = 0;
       for (; d + kLanes <= D; d += kLanes) {
-        const WideDoubles y = load_wide(x + d) - load_wide(c + d);
-        const WideDoubles w = load_wide(x + d + kLanes / 2) - load_wide(c + d + kLanes / 2);
-        even += y * y;
-        odd += w * w;
+        const WideDoubles y = VQK_WIDEN_HALF(x + d) - VQK_WIDEN_HALF(c + d);
+        const WideDoubles w = VQK_WIDEN_HALF(x + d + kLanes / 2) - VQK_WIDEN_HALF(c + d + kLanes / 2);
+        even = VQK_FMA_WIDE(y, y, even);
+        odd = VQK_FMA_WIDE(w, w, odd);
+      }
+      for (; d + kLanes / 2 <= D; d += kLanes / 2) {
+        const WideDoubles y = VQK_WIDEN_HALF(x + d) - VQK_WIDEN_HALF(c + d);
+        even = VQK_FMA_WIDE(y, y, even);
       }
       rest[i] = 0;
       for (; d < D; ++d) {

@@ -10,6 +10,8 @@
 //   VQK_STORE_WORDS(p, x)     with VQK_QUADS: their low 16 bits
 //   VQK_MIN_TICKS, VQK_MAX_TICKS      of lanes     VQK_LOWEST_TICKS  over lanes
 //   VQK_WITHIN(x, limit)              bit i = lane i <= limit
+//   VQK_WIDEN_HALF(p)                 VQK_LANES / 2 floats as fp64
+//   VQK_FMA_WIDE(a, b, c)             a * b + c of such
 //   VQK_LOAD_FIRST(p, n)      n < VQK_LANES floats, then zeros
 //
 // A vector of bytes takes four times as many features as one of floats. In pairs (no VNNI) sums stay in 16 bits: a
@@ -84,6 +86,7 @@ constexpr double kChunkSum = 32760;            // of products, at most
 constexpr Tick kMostTicks = kStepFeatures == 4 ? 0x7fffffff : 32767;
 constexpr Tick kNoTicks = -kMostTicks - 1;
 
+typedef double WideDoubles __attribute__((vector_size(4 * VQK_LANES)));
 typedef Tick Ticks __attribute__((vector_size(4 * VQK_LANES)));
 typedef Tick TicksAtAny __attribute__((vector_size(4 * VQK_LANES), aligned(sizeof(Tick)), may_alias));
 

@@ -95,8 +95,8 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
 }
 
 // A new tensor beside `like`, by the shim itself: the dispatcher would look new_empty up by its name, call after call.
-// Large host memory arrives fresh from the system; in huge pages it costs 512
-// times fewer page faults, which otherwise take longer than a memory-bound kernel.
+// Large host memory arrives fresh from the system; in huge pages it costs 512 times fewer page faults, which otherwise
+// take longer than a memory-bound kernel. The first and last pages, too: the mapping begins at a huge one.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType scalar_type) {
   int64_t strides[4], d = static_cast<int64_t>(sizes.size()), step = 1;
   for (auto size = sizes.end(); size != sizes.begin(); step *= *size > 1 ? *size : 1) --size, strides[--d] = step;
@@ -133,8 +133,7 @@ inline void check_range(const char* op, int64_t bad, int64_t K) {
   if (bad >= 0) fail(op, "index ", bad, " is out of range for codebook_size ", K, "; allowed: -1 (skipped) .. ", K - 1);
 }
 
-// PyTorch's threads. Every worker draws tasks from one counter: on a busy machine a static split
-// would wait for its slowest part.
+// PyTorch's threads. Who is done helps: on a busy machine a static split would wait for its slowest part.
 inline Parallel torch_threads(const char* op) {
   if (const char* error = simd_error()) fail(op, error);
   auto run = [](int64_t tasks, void (*body)(void*, int64_t), void* ctx) {

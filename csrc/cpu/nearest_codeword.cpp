@@ -20,7 +20,6 @@
 #include "nearest_codeword.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace vqk::cpu {
@@ -98,25 +97,6 @@ double codebook_scale(double largest) {
   return std::ldexp(1.0, -std::clamp(std::ilogb(largest), -126, 126));
 }
 
-// Integer maximum of the magnitudes' bits: ordered as the values are, and quick without AVX.
-template <class T, class Bits>
-void largest_magnitude(const void* rows, int64_t n, int64_t D, double* largest, int64_t* finite) {
-  constexpr Bits kInfinity = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
-  const char* p = static_cast<const char*>(rows);
-  for (int64_t k = 0; k < n; ++k, p += D * sizeof(T)) {
-    Bits row = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      Bits x;
-      std::memcpy(&x, p + d * sizeof(T), sizeof(T));
-      x &= std::numeric_limits<Bits>::max();
-      row = row < x ? x : row;
-    }
-    if (row >= kInfinity) continue;
-    *largest = std::max(*largest, static_cast<double>(std::bit_cast<T>(row)));
-    ++*finite;
-  }
-}
-
 }  // namespace
 
 const SearchKernel& search_kernel() {
@@ -182,13 +162,8 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
       kernel.convert(static_cast<const char*>(sources[task.codebook].data) + offset * dtype_size(dtype), dtype, n * D,
                      at(cb.codewords));
     if (normalizes) kernel.normalize(at(cb.codewords), cb.is_double, n, D, at(cb.rows));
-    (cb.is_double ? largest_magnitude<double, int64_t> : largest_magnitude<float, int32_t>)(
-        at(cb.rows), n, D, &task.largest, &task.finite);
-    if (!wanted[task.codebook]) return;
-    task.sum.assign(D, 0.0);
-    const float* row = reinterpret_cast<const float*>(at(cb.rows));
-    for (int64_t k = 0; k < n; ++k, row += D)
-      for (int64_t d = 0; d < D; ++d) task.sum[d] += row[d];
+    if (wanted[task.codebook]) task.sum.assign(D, 0.0);
+    kernel.survey(at(cb.rows), cb.is_double, n, D, task.sum.empty() ? nullptr : task.sum.data(), &task.largest, &task.finite);
   });
   std::vector<double> means(sources.size() * D, 0.0);
   std::vector<double> largest(sources.size(), 0.0);

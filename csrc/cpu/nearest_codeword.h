@@ -93,6 +93,8 @@ struct SearchKernel {
   // Values [n,D] from a tensor's data of any dtype; normalize: by the cosine rule, in place allowed.
   void (*convert)(const void* from, DType dtype, int64_t count, void* to);
   void (*normalize)(const void* from, bool is_double, int64_t n, int64_t D, void* to);
+  // Of values [n,D]: their sum, added to sum[D] (null: not wanted); the largest magnitude in, and the number of, finite rows.
+  void (*survey)(const void* rows, bool is_double, int64_t n, int64_t D, double* sum, double* largest, int64_t* finite);
   // Fills half_norms of panels [first, last) of cb; the largest |scale * row|.
   double (*half_norms)(const Codebook& cb, int64_t first, int64_t last);
   // Fills panels, panels16 and code_scales; the largest |scale * row - code_scale * integers|.

@@ -113,7 +113,7 @@ typedef float FloatAtAny __attribute__((aligned(2), may_alias));
 #else
 #define VQK_KERNEL avx2_kernel
 #endif
-extern const SearchKernel VQK_KERNEL = {kLanes, kTileRows, true, kByteFormat, convert, normalize, half_norms, pack, search,
+extern const SearchKernel VQK_KERNEL = {kLanes, kTileRows, true, kByteFormat, convert, normalize, survey, half_norms, pack, search,
                                         scan, scratch_bytes, byte_lengths, pack_bytes};
 }  // namespace vqk::cpu
 

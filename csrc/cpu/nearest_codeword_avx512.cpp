@@ -204,7 +204,7 @@ constexpr bool kIntegers = false;
 #else
 #define VQK_KERNEL avx512_kernel
 #endif
-extern const SearchKernel VQK_KERNEL = {kLanes, kTileRows, kIntegers, kByteFormat, convert, normalize, half_norms, pack,
+extern const SearchKernel VQK_KERNEL = {kLanes, kTileRows, kIntegers, kByteFormat, convert, normalize, survey, half_norms, pack,
                                         search, scan, scratch_bytes, byte_lengths, pack_bytes};
 }  // namespace vqk::cpu
 

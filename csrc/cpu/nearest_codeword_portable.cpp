@@ -30,6 +30,6 @@ inline unsigned nonzero(const Mask& m) {
 #include "nearest_codeword_kernel.h"
 }  // namespace
 
-extern const SearchKernel portable_kernel = {kLanes, kTileRows, false, {}, convert, normalize, half_norms, pack, search, scan,
+extern const SearchKernel portable_kernel = {kLanes, kTileRows, false, {}, convert, normalize, survey, half_norms, pack, search, scan,
                                              scratch_bytes, nullptr, nullptr};
 }  // namespace vqk::cpu

@@ -1,6 +1,32 @@
 // Codebooks and rows made ready: packing, conversion, normalisation. Part of nearest_codeword_kernel.h: included once
 // per SIMD level, inside that level's anonymous namespace.
 
+// The magnitudes' bits are ordered as the magnitudes are, and their maximum is quick without AVX, too.
+template <class T, class Bits>
+static void survey_with(const T* row, int64_t n, int64_t D, double* sum, double* largest, int64_t* finite) {
+  constexpr Bits kInfinity = __builtin_bit_cast(Bits, static_cast<T>(__builtin_inf())), kMagnitude = ~(Bits{1} << (8 * sizeof(T) - 1));
+  for (int64_t k = 0; k < n; ++k, row += D) {
+    Bits most = 0;
+    for (int64_t d = 0; d < D; ++d) {
+      Bits x;
+      __builtin_memcpy(&x, row + d, sizeof x);
+      x &= kMagnitude;
+      most = most < x ? x : most;
+    }
+    if (sum)
+      for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
+    if (most >= kInfinity) continue;
+    const double magnitude = __builtin_bit_cast(T, most);
+    *largest = *largest < magnitude ? magnitude : *largest;
+    ++*finite;
+  }
+}
+
+static void survey(const void* rows, bool is_double, int64_t n, int64_t D, double* sum, double* largest, int64_t* finite) {
+  if (is_double) survey_with<double, int64_t>(static_cast<const double*>(rows), n, D, sum, largest, finite);
+  else survey_with<float, int32_t>(static_cast<const float*>(rows), n, D, sum, largest, finite);
+}
+
 template <class T>
 static bool usable(const Codebook& cb, int64_t k, double squares) {
   return squares - squares == 0 || (sizeof(T) == 8 && all_finite(static_cast<const T*>(cb.rows) + k * cb.D, cb.D));

@@ -18,7 +18,7 @@
 // Steps are divided evenly among instructions, so that rows are filled up by less than one step for each; codewords have zeros
 // there. Rows lie in memory as they do in tiles.
 //
-// From 24 features on, and where the codebook is not small: below, sums' way through memory takes longer than VNNI's products.
+// Where features and codewords are few, sums' way through memory takes longer than VNNI's products: use_tiles.
 
 #ifdef VQK_EMULATE_AMX
 struct EmulatedTile {

@@ -26,6 +26,7 @@ namespace vqk::cpu {
 namespace {
 
 constexpr int64_t kChunk = 96;             // codewords per preparation task: whole panels at every level
+constexpr double kValueWork = 8;          // multiply-adds that a codeword's value is worth, about
 constexpr int64_t kPanelCodewords = 192;  // the same for bytes
 constexpr double kByteLength = 181;        // of a chunk of 64 features, about: as much is left for the row's
 
@@ -118,7 +119,7 @@ const SearchKernel& search_kernel() {
 }
 
 PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<Source>& sources, int64_t D,
-                                 DType dtype, Metric metric, bool certified, int64_t rows, const Parallel& parallel)
+                                 DType dtype, Metric metric, bool certified, int64_t rows, const Parallel& caller)
     : kernel_(kernel),
       codebooks_(sources.size()),
       fail_(new bool[2 * sources.size()]()) {
@@ -130,6 +131,9 @@ PackedCodebooks::PackedCodebooks(const SearchKernel& kernel, const std::vector<S
     double length = 0;  // |scale * codeword|, then what its integers lack
     int64_t finite = 0;
   };
+  int64_t codewords = 0;
+  for (const Source& source : sources) codewords += source.K;
+  const Parallel parallel = threads_for(kValueWork * codewords * D, caller);
   std::vector<Task> tasks;
   std::vector<char> wanted(sources.size(), 0);
   const size_t size = value_size(dtype);

@@ -20,13 +20,12 @@
 #include "nearest_codeword.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace vqk::cpu {
 namespace {
 
 constexpr int64_t kChunk = 96;             // codewords per preparation task: whole panels at every level
-constexpr double kValueWork = 8;          // multiply-adds that a codeword's value is worth, about
+constexpr double kValueWork = 8;           // multiply-adds that a codeword's value is worth, about
 constexpr int64_t kPanelCodewords = 192;  // the same for bytes
 constexpr double kByteLength = 181;        // of a chunk of 64 features, about: as much is left for the row's
 

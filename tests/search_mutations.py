@@ -108,6 +108,8 @@ MUTATIONS = {
         BYTES, r"if \(doubtful\)", "if (false)", KERNEL),
     "kernel: losses are rounded to float32": (
         BYTES, r"L2 && hints\.rounded", "L2", KERNEL),
+    "kernel: a worker's last task is lost": (
+        "csrc/include/vqk/launch.h", r"tasks \* \(w \+ 1\) / workers;", "tasks * (w + 1) / workers - (w > 0);", KERNEL),
     "kernel: a kept codebook is compared in part": (
         CACHE, r"wanted\[i\]\.K \* D \* dtype_size\(dtype\)\) != 0", "4 * D) != 0", KERNEL),
     "kernel: a kept codebook serves every metric": (
